@@ -1,0 +1,62 @@
+"""The command line: one verb a file. A verb imports torch and the rest only when it runs, so that --help is quick."""
+
+import errno
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+import tyro
+
+from micro_diffusion.cli.generate import Generate
+from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.quickstart import Quickstart
+from micro_diffusion.cli.train import Train
+from micro_diffusion.runtime.files import UserError
+
+VERBS = {"quickstart": Quickstart, "prepare": Prepare, "train": Train, "generate": Generate}
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
+    verb: Quickstart | Prepare | Train | Generate = tyro.extras.subcommand_cli_from_dict(
+        VERBS,
+        prog="micro-diffusion",
+        description="Train a text-to-image model from scratch on a micro-budget.",
+        args=None if arguments is None else list(arguments),
+    )
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        verb()
+    except UserError as error:
+        return _say(str(error), USER_ERROR)
+    except KeyboardInterrupt:
+        return _say("Stopped; the same command goes on from here.", INTERRUPTED)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        return _say(
+            "The disk is full. What was finished before is kept; free some space, then run this again.", USER_ERROR
+        )
+    return 0
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk (or quota) is behind the error; libraries wrap the system's error or only quote it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(TERMINATED)
+
+
+def _say(message: str, code: int) -> int:
+    print(f"micro-diffusion: {message}", file=sys.stderr)
+    return code

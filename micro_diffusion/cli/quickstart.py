@@ -1,0 +1,267 @@
+"""`micro-diffusion quickstart`: a model from scratch in minutes, and a page that shows what it learnt."""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import arg
+
+from micro_diffusion.cli.generate import open_model
+from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.train import train_recipe
+from micro_diffusion.runtime.files import UserError, write_atomic
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from micro_diffusion.training.config import Recipe
+
+RESOLUTION, STEPS, GUIDANCE, SEED = 128, 20, 1.5, 0
+STAGE_PROMPTS = 8
+MEMORISES = (
+    "At this size the model memorises: it has seen each of these pictures again and again, and draws them from memory "
+    "when it is given their captions. That shows that every part works, from the pictures to the sampler. It does not "
+    "show that the model can draw what it never saw: that takes more pictures and more time, as in the commands below."
+)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """Train a small model from scratch through four stages on 150 drawings, and report. Run again, it goes on."""
+
+    out: Annotated[Path, arg(metavar="FOLDER")] = Path("quickstart")
+    """Folder for the store, the run, the pictures and report.html."""
+    length: float = 1.0
+    """Length of training, as a multiple of the recipe's (about six minutes of two CPU cores)."""
+    autoencoder: str = "embedded"
+    """embedded, a folder in diffusers format, or a name on the hub."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __call__(self) -> None:
+        from micro_diffusion.recipes.recipe import RECIPES
+
+        if self.length <= 0:
+            raise UserError("--length must be above 0.")
+        recipe = replace(scaled(RECIPES["quickstart"](), self.length), autoencoder=self.autoencoder)
+        run, seconds, started = self.out / "run", dict[str, float](), time.monotonic()
+        source = Prepare(
+            "emoji", self.out / "store", subset="quickstart", autoencoder=self.autoencoder, device=self.device
+        )
+        source()
+        seconds["prepare"] = time.monotonic() - started
+        train_recipe(recipe, [source.out], run, device=self.device)
+        seconds["train"] = time.monotonic() - started - sum(seconds.values())
+        captions, true = true_pictures(source)
+        drawn = draw(run / "model", captions, device=self.device)
+        some = [i * len(captions) // STAGE_PROMPTS for i in range(STAGE_PROMPTS)]
+        stages = {
+            stage.name: draw(run / f"model-stage-{number}", [captions[i] for i in some], device=self.device)
+            for number, stage in enumerate(recipe.stages, 1)
+        }
+        seconds["draw"] = time.monotonic() - started - sum(seconds.values())
+        nearest, psnr = compare(drawn, true)
+        results: dict[str, Any] = {
+            "pictures": len(captions),
+            "nearest_is_own": sum(i == n for i, n in enumerate(nearest)) / len(captions),
+            "median_psnr_db": statistics.median(psnr),
+            "images_seen": recipe.images,
+            "seconds": {name: round(value, 1) for name, value in seconds.items()},
+            "peak_memory_gb": peak_memory_gb(),
+            "machine": machine(self.device),
+            "each": [
+                {"caption": caption, "psnr_db": round(value, 2), "nearest": captions[n]}
+                for caption, value, n in zip(captions, psnr, nearest, strict=True)
+            ],
+        }
+        figures = self.figures(recipe, captions, drawn, true, stages, some)
+        write_atomic(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+        write_atomic(self.out / "report.html", page(recipe, results, figures, run=run))
+        print(
+            f"{results['nearest_is_own']:.0%} of the {len(captions)} pictures are nearest to their own true picture; "
+            f"median PSNR {results['median_psnr_db']:.1f} dB. See {self.out / 'report.html'}"
+        )
+
+    def figures(
+        self,
+        recipe: "Recipe",
+        captions: Sequence[str],
+        drawn: "Sequence[Image.Image]",
+        true: "Sequence[Image.Image]",
+        stages: "Mapping[str, Sequence[Image.Image]]",
+        some: Sequence[int],
+    ) -> "dict[str, Image.Image | str]":
+        """grid.png, stages.png and loss.svg; `some` are the captions that each stage drew."""
+        from micro_diffusion.runtime.log import read_log
+        from micro_diffusion.runtime.report import curve_svg, pairs_grid, png_bytes, table_grid
+
+        columns = [*stages.values(), [true[i] for i in some]]
+        grid = pairs_grid(drawn, true, captions)
+        table = table_grid(list(zip(*columns, strict=True)), [captions[i] for i in some], [*stages, "true picture"])
+        rows = [row for row in read_log(self.out / "run" / "log.jsonl") if row["loss"]]
+        curve = curve_svg(
+            {"training loss": [(row["images"], row["loss"]) for row in rows]},
+            title="Training loss",
+            x_label="images seen",
+            y_label="loss (log scale)",
+            log_y=True,
+            marks=[(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)],
+        )
+        write_atomic(self.out / "grid.png", png_bytes(grid))
+        write_atomic(self.out / "stages.png", png_bytes(table))
+        write_atomic(self.out / "loss.svg", curve)
+        return {"grid": grid, "stages": table, "loss": curve}
+
+
+def scaled(recipe: "Recipe", length: float) -> "Recipe":
+    """The recipe with every stage, warm-up and interval `length` times as long, in whole batches."""
+
+    def times(images: int, batch: int) -> int:
+        return round(images * length / batch) * batch
+
+    if length == 1:
+        return recipe
+    stages = tuple(
+        replace(
+            stage,
+            images=max(times(stage.images, stage.batch_size), 2 * stage.batch_size),
+            warmup_images=times(stage.warmup_images, stage.batch_size),
+            ema_halflife_images=stage.ema_halflife_images and max(1, times(stage.ema_halflife_images, 1)),
+            ema_start_images=times(stage.ema_start_images, stage.batch_size),
+        )
+        for stage in recipe.stages
+    )
+    shorter = replace(recipe, stages=stages)
+    intervals = {name: min(getattr(recipe, name), shorter.images) for name in ("log_every", "checkpoint_every")}
+    return replace(shorter, **intervals)
+
+
+def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
+    """Captions and pictures of the source, as training saw them."""
+    from PIL import Image
+
+    from micro_diffusion.data.records import decode_image, resize_crop
+
+    records = list(source.records())
+    squares = [Image.fromarray(resize_crop(decode_image(record), RESOLUTION)) for record in records]
+    return [str(record.captions[0].text) for record in records], squares
+
+
+def draw(model: Path, captions: Sequence[str], *, device: str) -> "list[Image.Image]":
+    """One picture a caption."""
+    from micro_diffusion.runtime.report import pictures
+
+    images = open_model(model, device=device).generate(
+        captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=SEED, batch_size=64
+    )
+    return pictures(images)
+
+
+def compare(drawn: "Sequence[Image.Image]", true: "Sequence[Image.Image]") -> tuple[list[int], list[float]]:
+    """For each drawn picture the index of the nearest true one, in pixels, and its PSNR to its own, in dB."""
+    import numpy as np
+
+    a, b = (np.stack([np.asarray(picture, np.float32).ravel() / 255 for picture in some]) for some in (drawn, true))
+    error = np.stack([np.square(row - b).mean(1) for row in a])
+    return error.argmin(1).tolist(), (-10 * np.log10(np.maximum(error.diagonal(), 1e-10))).tolist()
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory that this process has held; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def machine(device: str) -> dict[str, str]:
+    """Hardware and versions."""
+    from importlib.metadata import version
+
+    import torch
+
+    from micro_diffusion.runtime.device import pick_device
+
+    chosen = pick_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{platform.machine()} {chosen.type}"
+    packages = ("torch", "diffusers", "transformers")
+    return {
+        "device": name,
+        "cores": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+    }
+
+
+def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Image.Image | str]", *, run: Path) -> str:
+    """report.html."""
+    from micro_diffusion.runtime.report import Section, commands, facts, figure, html_page, paragraph
+
+    count, own, psnr = results["pictures"], results["nearest_is_own"], results["median_psnr_db"]
+    minutes = sum(results["seconds"].values()) / 60
+    lead = (
+        f"A diffusion transformer, trained from scratch on {count} drawings through the four stages of MicroDiT. "
+        f"{own:.0%} of its pictures are nearest to their own true picture among all {count}; median PSNR {psnr:.1f} dB."
+    )
+    stages = {
+        f"stage {number}: {stage.name}": f"{stage.images:,} images, {stage.mask_ratio:.0%} of the patches dropped, "
+        f"batch {stage.batch_size}, learning rate {stage.learning_rate:g}"
+        for number, stage in enumerate(recipe.stages, 1)
+    }
+    model = recipe.model
+    settings = {
+        "model": f"{model.depth} blocks, {model.dim} wide, patches of {model.patch_size} x {model.patch_size} latents",
+        **stages,
+        "sampling": f"{STEPS} Heun steps, guidance {GUIDANCE:g}, seed {SEED}",
+        "autoencoder, text encoder": f"{recipe.autoencoder}, {recipe.text_encoder}",
+    }
+    times = {f"seconds to {name}": value for name, value in results["seconds"].items()}
+    memory = {"peak memory": f"{results['peak_memory_gb']} GB"}
+    go_on = [
+        f'micro-diffusion generate --model {run} --template "{{}}, in {{}} style" --fill "a red apple|a cat" '
+        '--fill "noto|twemoji"',
+        "micro-diffusion prepare emoji --out emoji-store",
+        "micro-diffusion train emoji --store emoji-store --run emoji-run     # one GPU, about twenty minutes",
+        "micro-diffusion prepare path/to/your/pictures --out my-store",
+    ]
+    sections = [
+        Section(
+            "What it drew",
+            paragraph(MEMORISES)
+            + figure(
+                figures["grid"],
+                alt=f"{count} pairs of a drawn and a true picture, with the prompt under each pair",
+                caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
+            ),
+        ),
+        Section(
+            "What each stage could draw",
+            figure(
+                figures["stages"],
+                alt="A row for each of some prompts; a column for each stage, and the true picture last",
+                caption="The same prompts and noise after each of the four stages.",
+            ),
+        ),
+        Section(
+            "Loss",
+            figure(
+                figures["loss"],
+                alt="Training loss over images seen",
+                caption="Stages differ in resolution and masking, so losses compare within a stage only.",
+            ),
+        ),
+        Section("Settings", facts(settings)),
+        Section(f"Time and machine: {minutes:.1f} minutes", facts({**times, **memory, **results["machine"]})),
+        Section("Go on from here", commands(go_on)),
+    ]
+    return html_page("A text-to-image model in minutes", lead, sections)

@@ -1,0 +1,231 @@
+"""`micro-diffusion train`: a recipe and latent stores become a run folder with a model in it."""
+
+import difflib
+import json
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from micro_diffusion.runtime.files import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from micro_diffusion.data.store import Store
+    from micro_diffusion.models.autoencoders import Autoencoder
+    from micro_diffusion.models.dit import DiT
+    from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.training.config import Recipe
+    from micro_diffusion.training.stages import State
+
+SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a recipe on latent stores. The same command, run again, goes on where it stopped."""
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """A recipe's name (quickstart, emoji), a recipe.json, or file.py:function."""
+    store: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="STORE")]
+    """A store made by prepare; several are mixed by their size."""
+    run: Annotated[Path, arg(metavar="RUN")]
+    """Folder for checkpoints, log, samples and the model."""
+    settings: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = ()
+    """Change the recipe, as in --set seed=1 stages.0.images=64000."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def __call__(self) -> None:
+        changes = [setting for group in self.settings for setting in group]
+        train_recipe(override(find_recipe(self.recipe), changes), self.store, self.run, device=self.device)
+        print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
+
+
+def find_recipe(name: str) -> "Recipe":
+    """A recipe by its name, from a JSON file, or from a function of a Python file (`file.py:function`)."""
+    from micro_diffusion.recipes.recipe import RECIPES
+    from micro_diffusion.training.config import Recipe
+
+    file, _, function = name.partition(":")
+    if Path(file).suffix not in (".json", ".py"):
+        if name not in RECIPES:
+            raise UserError(f"There is no recipe {name!r}; {nearest(name, RECIPES)}.")
+        return RECIPES[name]()
+    if not Path(file).is_file():
+        raise UserError(f"There is no recipe file {file}.")
+    if Path(file).suffix == ".json":
+        return Recipe.from_json(Path(file).read_text())
+    made = runpy.run_path(file).get(function or "recipe", lambda: None)()
+    if not isinstance(made, Recipe):
+        raise UserError(
+            f"{file} has no function {function or 'recipe'!r} that returns a Recipe; name it as file.py:name."
+        )
+    return made
+
+
+def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
+    """The recipe with `key=value` settings; keys are dotted paths, values JSON or plain words."""
+    data: Any = json.loads(recipe.to_json())
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: write it as key=value.")
+        *path, last = key.split(".")
+        place = data
+        for name in path:
+            place = place[_known(place, name, key)]
+        place[_known(place, last, key)] = _value(text)
+    try:
+        return type(recipe).from_json(json.dumps(data))
+    except ValueError as error:  # of the model's configuration
+        raise UserError(f"--set {' '.join(settings)}: {error}.") from error
+
+
+def nearest(name: str, known: Mapping[str, Any]) -> str:
+    """`did you mean 'x'?` or the list of what there is, for an error message."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]!r}" if near else f"there is: {', '.join(known) or 'nothing'}"
+
+
+def _known(place: Any, name: str, key: str) -> Any:
+    """The key or index of that name in `place`; UserError naming the nearest one."""
+    known: dict[str, Any] = {}
+    if isinstance(place, list | dict):
+        known = {str(each): each for each in (place if isinstance(place, dict) else range(len(place)))}
+    if name not in known:
+        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}.")
+    return known[name]
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def train_recipe(recipe: "Recipe", folders: Sequence[Path], run: Path, *, device: str) -> None:
+    """Open what the recipe needs, check that it fits together, and train."""
+    from micro_diffusion.data.loader import Loader, require
+    from micro_diffusion.data.store import Store
+    from micro_diffusion.models.autoencoders import load_autoencoder
+    from micro_diffusion.models.text_encoders import load_text_encoder
+    from micro_diffusion.runtime.device import pick_device
+    from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
+    from micro_diffusion.training.loop import Interrupted, train
+
+    if not folders:
+        raise UserError("Training needs a store: make one with 'micro-diffusion prepare' and give it with --store.")
+    stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
+    autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
+    text_encoder = load_text_encoder(recipe.text_encoder, device=chosen)
+    resolutions = sorted({stage.resolution for stage in recipe.stages})
+    for resolution in resolutions:
+        require(
+            stores,
+            resolution=resolution,
+            text_encoder=recipe.text_encoder,
+            autoencoder_sha256=autoencoder.sha256,
+            text_encoder_sha256=text_encoder.sha256,
+        )
+    for setting, has in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
+        if getattr(recipe.model, setting) != has:
+            raise UserError(f"The model's {setting} is not that of the store: train with --set model.{setting}={has}.")
+
+    def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
+        return {
+            resolution: Loader(
+                stores,
+                resolution=resolution,
+                text_encoder=recipe.text_encoder,
+                seed=recipe.seed,
+                split=split,
+                text_length=recipe.text_length,
+            )
+            for resolution in resolutions
+        }
+
+    held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
+    captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
+    board = TensorBoard(run / "tensorboard")
+    draw = sampler(recipe, autoencoder, text_encoder, captions)
+    samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
+    try:
+        train(
+            recipe,
+            run=run,
+            loaders=open_loaders(stores, "train"),
+            validation=open_loaders(held_out, "validation") if held_out else None,
+            downscale=autoencoder.downscale,
+            device=chosen,
+            release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
+            hooks=(Progress(recipe.images), board, samples),
+        )
+    except Interrupted as stopped:
+        print(f"micro-diffusion: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+
+
+def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPTS) -> list[str]:
+    """Captions of a few rows, spread over the first part that has any of that kind."""
+    for part in range(len(store.parts)):
+        rows = store.rows(part)
+        texts = [
+            captions[0]
+            for captions, split in zip(rows["captions"].to_pylist(), rows["split"].to_pylist(), strict=True)
+            if (split != "train") == held_out
+        ]
+        if texts:
+            return [texts[i * len(texts) // count] for i in range(min(count, len(texts)))]
+    raise UserError(f"The store {store.path} has no rows to train on.")
+
+
+def sampler(
+    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", captions: Sequence[str]
+) -> "Callable[[DiT], Image.Image]":
+    """A function that draws the same captions from the same noise with the weights of the moment."""
+    from micro_diffusion.models.model import LatentDiffusion
+    from micro_diffusion.runtime.report import grid, pictures
+
+    def draw(dit: "DiT") -> "Image.Image":
+        model = LatentDiffusion(
+            dit,
+            recipe.make_objective(recipe.stages[0]),
+            load_vae=lambda: autoencoder,
+            load_text_encoder=lambda: text_encoder,
+            text_length=recipe.text_length,
+            precision=recipe.precision,
+        )
+        images = model.generate(
+            captions, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE, seed=recipe.seed
+        )
+        return grid(pictures(images), captions, columns=4)
+
+    return draw
+
+
+def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str) -> "Callable[[Path, State], None]":
+    """A function that writes the weights of the moment as a model folder."""
+    from micro_diffusion.models.checkpoints import ModelCard, Part, save_model
+
+    def release(folder: Path, state: "State") -> None:
+        stage = recipe.stages[state.stage]
+        card = ModelCard(
+            dit=state.shown.config,
+            objective=recipe.make_objective(stage),
+            autoencoder=Part(recipe.autoencoder, autoencoder_sha256),
+            text_encoder=Part(recipe.text_encoder, text_encoder_sha256),
+            resolution=stage.resolution,
+            images_seen=state.images,
+            recipe=recipe.name,
+            text_length=recipe.text_length,
+        )
+        save_model(folder, state.shown, card=card)
+
+    return release

@@ -1,0 +1,272 @@
+"""From latent stores to batches; what stands at a position depends on (seed, stores, position) and on nothing else.
+
+A position counts images seen. The stores are interleaved by weight. Within a store, parts are permuted at each pass,
+and rows are permuted inside windows of `shuffle_window` parts, so that few files are read at a time.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from micro_diffusion.data.store import Store
+from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.random import derive_seed, draw_uniform
+
+Positions = Int[np.ndarray, " n"]
+Starts = Int[np.ndarray, " w"]
+
+
+class Batch(NamedTuple):
+    """What one training step looks at."""
+
+    latents: Float[Tensor, "b c h w"]
+    text: Float[Tensor, "b l d"]  # zeros where text_mask is False
+    text_mask: Bool[Tensor, "b l"]
+    keys: tuple[str, ...]
+
+
+def permutation(seed: int, length: int) -> Positions:
+    """A permutation of `range(length)` from Philox's raw bits, which numpy promises never to change."""
+    return np.argsort(np.random.Philox(key=seed).random_raw(length), kind="stable")
+
+
+def interleave(weights: Sequence[float], positions: Positions) -> tuple[Positions, Positions]:
+    """Which store each position falls to, and how many earlier positions fell to that same store.
+
+    Of two shares w and 1 - w, the first has taken floor(p w) of the first p positions; more than two are split off one
+    at a time. Integer arithmetic, so that every machine agrees; no store is ever off by more than len(weights).
+    """
+    total = sum(weights)
+    exact = all(float(weight).is_integer() for weight in weights) and total < 2**31
+    parts = [int(weight) if exact else max(1, round(2**24 * weight / total)) for weight in weights]
+    which, count = np.zeros_like(positions), positions.copy()
+    active = np.arange(len(positions))  # those that fell to none of the stores so far
+    for store in range(len(parts) - 1):
+        mine, rest = parts[store], sum(parts[store:])
+        here = count[active]
+        taken = here * mine // rest
+        falls = (here + 1) * mine // rest > taken
+        count[active] = np.where(falls, taken, here - taken)
+        active = active[~falls]
+        which[active] = store + 1
+    return which, count
+
+
+class ListColumn:
+    """A list column of numbers, row by row, without a copy: numpy views of the memory-mapped values."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self.first_rows = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        self.offsets = [chunk.offsets.to_numpy() for chunk in chunks]
+        self.values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        start, stop = self.offsets[chunk][row - self.first_rows[chunk] :][:2]
+        return self.values[chunk][start:stop]
+
+
+class OpenPart:
+    """The files of one part that training reads."""
+
+    def __init__(self, store: Store, part: int, *, resolution: int, text_encoder: str, split: str) -> None:
+        rows, latents, text = store.rows(part), store.latents(resolution, part), store.text(text_encoder, part)
+        train = np.array([value == "train" for value in rows["split"].to_pylist()], dtype=bool)
+        self.rows = np.flatnonzero(train if split == "train" else ~train)
+        self.keys = rows["key"]
+        self.weights = ListColumn(rows["weights"])
+        self.latents = ListColumn(latents["latents"])
+        self.lengths, self.states = ListColumn(text["lengths"]), ListColumn(text["states"])
+        self.shape = (latents["height"][0].as_py(), latents["width"][0].as_py()) if len(rows) else (0, 0)
+
+    def caption(self, row: int, draw: float, width: int) -> Float[np.ndarray, "l d"]:
+        """The states of the caption that `draw` in [0, 1) chooses by weight; 0 is the first."""
+        lengths, weights = self.lengths[row], self.weights[row]
+        share = np.cumsum(weights, dtype=np.float64)
+        choice = min(int(np.searchsorted(share, draw * share[-1], side="right")), len(lengths) - 1)
+        start = int(lengths[:choice].sum()) * width
+        return self.states[row][start : start + int(lengths[choice]) * width].reshape(-1, width)
+
+
+class Order:
+    """In which order a store's rows are visited, pass after pass; a row is (part, n-th row of the split in it)."""
+
+    def __init__(self, counts: Sequence[int], *, seed: int, window: int) -> None:
+        self.counts, self.seed, self.window = np.asarray(counts), seed, window
+        self.rows = int(self.counts.sum())
+        self._pass = lru_cache(maxsize=2)(self._plan_pass)
+        self._window = lru_cache(maxsize=2)(self._plan_window)
+
+    def _plan_pass(self, number: int) -> tuple[Positions, Starts]:
+        """Permuted parts, and the row at which each window starts."""
+        parts = permutation(derive_seed(self.seed, "parts", number), len(self.counts))
+        ends = np.append(0, np.cumsum(self.counts[parts]))
+        return parts, ends[: -1 : self.window]
+
+    def _plan_window(self, number: int, window: int) -> tuple[Positions, Positions]:
+        """Part, and row in the part, of every row of a window."""
+        parts = self._pass(number)[0][window * self.window : (window + 1) * self.window]
+        part = np.repeat(parts, self.counts[parts])
+        row = np.concatenate([np.arange(count) for count in self.counts[parts]])
+        order = permutation(derive_seed(self.seed, "rows", number, window), len(part))
+        return part[order], row[order]
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        number, row = divmod(position, self.rows)
+        starts = self._pass(number)[1]
+        window = int(np.searchsorted(starts, row, side="right")) - 1
+        parts, rows = self._window(number, window)
+        return int(parts[row - starts[window]]), int(rows[row - starts[window]])
+
+
+class Loader:
+    """Reads batches from one store or from several mixed by weight (by default: by their rows).
+
+    `split` is "train", or "validation" for every other row. Raises `UserError` when the stores have no such rows.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[Store],
+        *,
+        resolution: int,
+        text_encoder: str,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        shuffle_window: int = 16,
+        split: str = "train",
+        text_length: int | None = None,
+    ) -> None:
+        require(stores, resolution=resolution, text_encoder=text_encoder)
+        self.stores, self.text_length = list(stores), text_length
+        self.resolution, self.text_encoder, self.seed, self.split = resolution, text_encoder, seed, split
+        self.width = stores[0].info.text_encoders[text_encoder].width
+        self.channels = stores[0].info.autoencoder.channels
+        counts = [[_rows_of(part.splits, split) for part in store.parts] for store in stores]
+        for store, rows in zip(stores, counts, strict=True):
+            if not sum(rows):
+                raise UserError(f"The store {store.path} has no {split} rows.")
+        self.orders = [
+            Order(rows, seed=derive_seed(seed, "order", index), window=shuffle_window)
+            for index, rows in enumerate(counts)
+        ]
+        self.weights = list(weights) if weights is not None else [order.rows for order in self.orders]
+        if len(self.weights) != len(self.stores) or min(self.weights) <= 0:
+            raise ValueError("one positive weight a store")
+        self._open = lru_cache(maxsize=4 * shuffle_window * len(self.stores))(self._open_part)
+
+    def __len__(self) -> int:
+        """Rows in all stores: the length of a pass when the weights are the default."""
+        return sum(order.rows for order in self.orders)
+
+    def _open_part(self, store: int, part: int) -> OpenPart:
+        return OpenPart(
+            self.stores[store], part, resolution=self.resolution, text_encoder=self.text_encoder, split=self.split
+        )
+
+    def batch(self, start: int, count: int) -> Batch:
+        """The images at positions `start` to `start + count`; each visit draws one of the picture's captions."""
+        positions = np.arange(start, start + count)
+        which, nth = interleave(self.weights, positions)
+        draws = draw_uniform(self.seed, "caption", torch.from_numpy(positions)).tolist()
+        places = [(int(store), *self.orders[store][n]) for store, n in zip(which, nth.tolist(), strict=True)]
+        return self._assemble(places, draws)
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """Rows of the split in the order of the stores' tables, each with its first caption."""
+        ends = np.cumsum([0] + [count for order in self.orders for count in order.counts])
+        names = [(store, part) for store, order in enumerate(self.orders) for part in range(len(order.counts))]
+        places = []
+        for index in indices:
+            if not 0 <= index < ends[-1]:
+                raise IndexError(f"row {index} of {ends[-1]}")
+            part = int(np.searchsorted(ends, index, side="right")) - 1
+            places.append((*names[part], int(index - ends[part])))
+        return self._assemble(places, [0.0] * len(places))
+
+    def _assemble(self, places: Sequence[tuple[int, int, int]], draws: Sequence[float]) -> Batch:
+        parts = [self._open(store, part) for store, part, _ in places]
+        rows = [int(part.rows[row]) for part, (_, _, row) in zip(parts, places, strict=True)]
+        captions = [part.caption(row, draw, self.width) for part, row, draw in zip(parts, rows, draws, strict=True)]
+        length = self.text_length or max([1, *(len(caption) for caption in captions)])
+        latents = np.empty((len(places), self.channels, *parts[0].shape), np.float16)
+        text = np.zeros((len(places), length, self.width), np.float16)
+        mask = np.zeros((len(places), length), bool)
+        for index, (part, row, caption) in enumerate(zip(parts, rows, captions, strict=True)):
+            latents[index].reshape(-1)[:] = part.latents[row]
+            kept = min(len(caption), length)
+            text[index, :kept] = caption[:kept]
+            mask[index, :kept] = True
+        keys = tuple(part.keys[row].as_py() for part, row in zip(parts, rows, strict=True))
+        return Batch(_float32(latents), _float32(text), torch.from_numpy(mask), keys)
+
+    def batches(
+        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2
+    ) -> Iterator[Batch]:
+        """This rank's share of each global batch between two positions, read ahead in a thread; the last may be small.
+
+        Closing the iterator stops the thread; an error in it is raised here.
+        """
+        if batch_size % world:
+            raise ValueError(f"a batch of {batch_size} does not divide among {world} ranks")
+        pending: deque[Future[Batch]] = deque()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        try:
+            for position in range(start, stop, batch_size):
+                size = min(batch_size, stop - position)
+                first, last = size * rank // world, size * (rank + 1) // world
+                pending.append(pool.submit(self.batch, position + first, last - first))
+                if len(pending) > prefetch:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _float32(half: np.ndarray) -> Tensor:
+    """The same numbers in memory that numpy allocates: in huge pages, so sooner there than in torch's own."""
+    return torch.from_numpy(np.empty(half.shape, np.float32)).copy_(torch.from_numpy(half))
+
+
+def _rows_of(splits: Any, split: str) -> int:
+    if split not in ("train", "validation"):
+        raise ValueError(f"split is 'train' or 'validation', not {split!r}")
+    return sum(count for name, count in splits.items() if (name == "train") == (split == "train"))
+
+
+def require(
+    stores: Sequence[Store],
+    *,
+    resolution: int,
+    text_encoder: str,
+    autoencoder_sha256: str | None = None,
+    text_encoder_sha256: str | None = None,
+) -> None:
+    """Raise `UserError`, naming what the store has, unless every store holds what the training needs."""
+    for store in stores:
+        info = store.info
+        if resolution not in info.resolutions:
+            has = ", ".join(map(str, info.resolutions))
+            raise UserError(f"The store {store.path} lacks {resolution} px (it has {has}); prepare it with that too.")
+        if text_encoder not in info.text_encoders:
+            has = ", ".join(f"'{name}'" for name in info.text_encoders)
+            raise UserError(f"The store {store.path} has no captions encoded by '{text_encoder}' (it has {has}).")
+        for what, made_with, wanted in (
+            (f"autoencoder '{info.autoencoder.name}'", info.autoencoder.sha256, autoencoder_sha256),
+            (f"text encoder '{text_encoder}'", info.text_encoders[text_encoder].sha256, text_encoder_sha256),
+        ):
+            if wanted not in (None, made_with):
+                raise UserError(
+                    f"The store {store.path} was made with the {what} of sha256 {made_with[:12]}, "
+                    f"the model wants {str(wanted)[:12]}; prepare the data with the model's own."
+                )

@@ -1,0 +1,210 @@
+"""The latent store: a folder of parts, each a few Arrow files with the same rows in the same order.
+
+    store.json                     schema version, autoencoder, text encoders, resolutions, dtypes, policies
+    rejects.jsonl                  the records that were left out, and why
+    part-00000/rows.arrow          key, captions and weights, size, source, split
+    part-00000/latents-256.arrow   one resolution a file
+    part-00000/text-NAME.arrow     one text encoder a file, states without padding
+    part-00000/part.json           rows, sha256 of each file, rejects
+
+The files are Arrow IPC streams, which `datasets.Dataset.from_file` opens too; they are read memory-mapped.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from micro_diffusion.runtime.files import UserError
+
+SCHEMA_VERSION = 1
+ROWS_PER_BATCH = 256
+MAX_VALUES_PER_BATCH = 2**28  # list offsets are 32 bits wide
+ROWS_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "captions": pa.list_(pa.string()),
+        "weights": pa.list_(pa.float32()),
+        "width": pa.int32(),
+        "height": pa.int32(),
+        "source": pa.string(),
+        "split": pa.string(),
+    }
+)
+LATENTS_SCHEMA = pa.schema({"latents": pa.list_(pa.float16()), "height": pa.int32(), "width": pa.int32()})
+TEXT_SCHEMA = pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())})
+ROWS_FILE = "rows.arrow"
+
+
+def part_folder(store: Path, index: int) -> Path:
+    return store / f"part-{index:05d}"
+
+
+def latents_file(resolution: int) -> str:
+    return f"latents-{resolution}.arrow"
+
+
+def text_file(name: str) -> str:
+    """File of a text encoder; a name such as `org/model` becomes `org-model`."""
+    return f"text-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.arrow"
+
+
+@dataclass(frozen=True)
+class AutoencoderInfo:
+    """What the latents were made with; they are stored as (z - shift_factor) * scaling_factor."""
+
+    name: str
+    sha256: str
+    scaling_factor: float
+    shift_factor: float
+    channels: int
+    downscale: int
+
+
+@dataclass(frozen=True)
+class TextInfo:
+    """What one text file was made with."""
+
+    sha256: str
+    width: int
+    max_length: int
+    text_mask: str  # "none" or "padding", see models/dit.py
+
+
+@dataclass(frozen=True)
+class StoreInfo:
+    """The content of store.json."""
+
+    autoencoder: AutoencoderInfo
+    text_encoders: Mapping[str, TextInfo]
+    caption_rule: str = "light"
+    source: str = ""  # a description for people
+    resolutions: tuple[int, ...] = ()
+    rows_per_part: int = 0
+    seed: int = 0
+    dtypes: Mapping[str, str] = field(default_factory=lambda: {"latents": "float16", "text": "float16"})
+    complete: bool = False
+    schema: int = SCHEMA_VERSION
+
+    @classmethod
+    def read(cls, store: Path) -> Self:
+        values: dict[str, Any] = json.loads((store / "store.json").read_text())
+        if values.get("schema") != SCHEMA_VERSION:
+            raise UserError(f"{store} has schema version {values.get('schema')}; this program reads {SCHEMA_VERSION}.")
+        values["autoencoder"] = AutoencoderInfo(**values["autoencoder"])
+        values["text_encoders"] = {name: TextInfo(**info) for name, info in values["text_encoders"].items()}
+        values["resolutions"] = tuple(values["resolutions"])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class PartInfo:
+    """The content of part.json."""
+
+    rows: int
+    splits: Mapping[str, int]  # rows of each split
+    records_hash: str  # of the keys, captions and splits that the part covers: tells whether the source is the same
+    files: Mapping[str, str]  # sha256 of each
+    rejects: Sequence[dict[str, str]]  # key, reason, detail
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        return cls(**json.loads((folder / "part.json").read_text()))
+
+
+def to_json(info: StoreInfo | PartInfo) -> str:
+    return json.dumps(asdict(info), indent=2, sort_keys=True) + "\n"
+
+
+class RowWriter:
+    """Writes rows to one Arrow IPC stream, at most `ROWS_PER_BATCH` a record batch. A context manager."""
+
+    def __init__(self, path: Path) -> None:
+        schemas = {"rows": ROWS_SCHEMA, "latents": LATENTS_SCHEMA, "text": TEXT_SCHEMA}
+        self.schema = schemas[path.stem.partition("-")[0]]
+        self.rows: list[tuple[Any, ...]] = []
+        self.values = 0
+        self.stream = pa.ipc.new_stream(str(path), self.schema)
+
+    def write(self, *row: Any) -> None:
+        """Append one row, its values in the schema's order; numeric lists as numpy arrays of one dimension."""
+        size = sum(value.size for value in row if isinstance(value, np.ndarray))
+        if len(self.rows) == ROWS_PER_BATCH or self.values + size > MAX_VALUES_PER_BATCH:
+            self._flush()
+        self.rows.append(row)
+        self.values += size
+
+    def _flush(self) -> None:
+        columns = zip(*self.rows, strict=True)
+        arrays = [_array(column, kind) for column, kind in zip(columns, self.schema.types, strict=True)]
+        self.stream.write_batch(pa.record_batch(arrays, schema=self.schema))
+        self.rows, self.values = [], 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None and self.rows:
+            self._flush()
+        self.stream.close()
+
+
+def _array(column: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
+    if not isinstance(column[0], np.ndarray):
+        return pa.array(column, kind)
+    offsets = np.cumsum([0, *(value.size for value in column)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(column), kind.value_type))
+
+
+def read_stream(path: Path) -> pa.Table:
+    """A table whose columns lie in the memory-mapped file: nothing is read until it is touched."""
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A complete store, open for reading."""
+
+    path: Path
+    info: StoreInfo
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Raises `UserError` when there is no store, or one that `prepare` did not finish."""
+        path = Path(path)
+        if not (path / "store.json").is_file():
+            raise UserError(f"There is no latent store in {path}; make one with 'micro-diffusion prepare'.")
+        info = StoreInfo.read(path)
+        if not info.complete:
+            raise UserError(f"The store {path} is not finished; run the same 'micro-diffusion prepare' again.")
+        return cls(path, info)
+
+    @cached_property
+    def parts(self) -> tuple[PartInfo, ...]:
+        """Raises `UserError` when one in the middle is missing."""
+        count = sum(1 for _ in self.path.glob("part-[0-9]*"))
+        return tuple(PartInfo.read(self._file(index, "part.json").parent) for index in range(count))
+
+    def __len__(self) -> int:
+        return sum(part.rows for part in self.parts)
+
+    def rows(self, part: int) -> pa.Table:
+        return read_stream(self._file(part, ROWS_FILE))
+
+    def latents(self, resolution: int, part: int) -> pa.Table:
+        return read_stream(self._file(part, latents_file(resolution)))
+
+    def text(self, name: str, part: int) -> pa.Table:
+        return read_stream(self._file(part, text_file(name)))
+
+    def _file(self, part: int, name: str) -> Path:
+        path = part_folder(self.path, part) / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the store is damaged; prepare it again into a new folder.")
+        return path

@@ -1,0 +1,30 @@
+"""Classifier-free guidance."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from micro_diffusion.diffusion.samplers import Denoiser, Latents
+
+
+def guided(
+    conditional: Denoiser, unconditional: Denoiser, *, scale: float, interval: tuple[float, float] | None = None
+) -> Denoiser:
+    """The denoiser unconditional + scale * (conditional - unconditional) (arXiv 2207.12598, equation 6).
+
+    With an interval (low, high] of noise levels, guidance acts inside it only (arXiv 2404.07724, equation 6). Where it
+    does not act, and at scale 1, the unconditional denoiser is not called. All images of a call share one noise level.
+    """
+    if interval is not None and not interval[0] < interval[1]:
+        raise ValueError(f"a guidance interval goes from low to high, not {interval}")
+    if scale == 1:
+        return conditional
+
+    def denoise(x: Latents, level: Float[Tensor, " b"]) -> Latents:
+        cond = conditional(x, level)
+        # only an interval looks at the level: reading it waits for the device
+        if interval is not None and not interval[0] < level[0].item() <= interval[1]:
+            return cond
+        uncond = unconditional(x, level)
+        return uncond + scale * (cond - uncond)
+
+    return denoise

@@ -1,0 +1,190 @@
+"""Training objectives: how latents are noised, what the network is asked for, how its answer becomes latents.
+
+Both mix clean latents and unit noise along a straight line, `x = alpha * latents + level * noise`, so that samplers
+and hooks treat them alike. All runs in the dtype of the latents (float32); only the network may run in less.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from micro_diffusion.diffusion.noise import flow_times, karras_sigmas, log_normal_sigma, logit_normal_time
+
+Latents = Float[Tensor, "b c h w"]
+Level = Float[Tensor, " b"]
+"""Noise level of each image: sigma of EDM, time of flow matching."""
+
+
+class Prediction(NamedTuple):
+    """What a network returns; in dropped patches the sample means nothing (the network's own output is zero there)."""
+
+    sample: Float[Tensor, "b c h w"]
+    dropped: Bool[Tensor, "b t"] | None = None
+
+
+class LossTerms(NamedTuple):
+    """Loss of each image and its mean over the batch."""
+
+    per_image: Float[Tensor, " b"]
+    mean: Float[Tensor, ""]
+
+
+Network = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Prediction]
+"""Called with its scaled input and the noise label; caption, mask and precision are already fixed."""
+
+
+class Objective(ABC):
+    """What `EDM` and `Flow` share."""
+
+    @abstractmethod
+    def noise_level(self, normal: Level) -> Level:
+        """Training noise levels from standard normal draws."""
+
+    @abstractmethod
+    def levels(self, steps: int) -> Float[Tensor, " levels"]:
+        """Sampling grid of `steps + 1` levels from pure noise to 0, float64."""
+
+    @abstractmethod
+    def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Share of the clean latents in the noised ones."""
+
+    @abstractmethod
+    def noise_label(self, level: Level) -> Level:
+        """The noise level as the network is told it."""
+
+    @abstractmethod
+    def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
+        """What the network should answer."""
+
+    @abstractmethod
+    def _scaled(self, x: Latents, level: Level) -> Latents:
+        """Noised latents as the network sees them."""
+
+    @abstractmethod
+    def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
+        """The clean latents that the network's answer stands for."""
+
+    def start(self, noise: Latents) -> Latents:
+        """Where sampling starts: unit noise brought to the first level."""
+        return self.levels(1)[0].item() * noise
+
+    def noised(self, latents: Latents, level: Level, noise: Latents) -> Latents:
+        """Latents with noise of the given levels."""
+        return _column(self.alpha(level)) * latents + _column(level) * noise
+
+    def denoise(self, network: Network, x: Latents, level: Level) -> Prediction:
+        """The denoiser D(x; level): an estimate of the clean latents."""
+        output, dropped = network(self._scaled(x, level), self.noise_label(level))
+        return Prediction(self._clean(output.to(x.dtype), x, level), dropped)
+
+    def loss(self, network: Network, latents: Latents, level: Level, noise: Latents, *, patch_size: int) -> LossTerms:
+        """Squared error of the network's answer: mean over channels and each patch, kept patches, then images."""
+        x = self.noised(latents, level, noise)
+        output, dropped = network(self._scaled(x, level), self.noise_label(level))
+        error = (output.to(x.dtype) - self.target(latents, level, noise)).square()
+        patches = error.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+        per_patch = patches.mean((1, 3, 5)).flatten(1)
+        if dropped is None:
+            per_image = per_patch.mean(1)
+        else:
+            per_image = per_patch.masked_fill(dropped, 0).sum(1) / (~dropped).sum(1)
+        return LossTerms(per_image, per_image.mean())
+
+
+@dataclass(frozen=True)
+class EDM(Objective):
+    """Denoising with the preconditioning of Karras et al. 2022 (arXiv 2206.00364, table 1, last column).
+
+    x = latents + sigma noise; D(x) = c_skip x + c_out F(c_in x; c_noise). The weight (sigma^2 + d^2) / (sigma d)^2 of
+    D's error makes it the plain error of F (equation 8), where `loss` takes it: there no small sigma cancels digits.
+    """
+
+    sigma_data: float = 0.9
+    p_mean: float = -0.6
+    p_std: float = 1.2
+
+    def noise_level(self, normal: Level) -> Level:
+        """Sigma, log-normal."""
+        return log_normal_sigma(normal, mean=self.p_mean, std=self.p_std)
+
+    def levels(self, steps: int) -> Float[Tensor, " levels"]:
+        """Sigmas from 80 to 0.002 and 0."""
+        return karras_sigmas(steps)
+
+    def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Noise is added and the latents stay: 1."""
+        return torch.ones_like(level)
+
+    def noise_label(self, level: Level) -> Level:
+        """c_noise = ln(sigma) / 4."""
+        return level.log() / 4
+
+    def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
+        """(latents - c_skip x) / c_out of equation 8, multiplied out."""
+        sigma, data = _column(level), self.sigma_data
+        return (sigma * latents - data**2 * noise) / (data * self._total(level))
+
+    def _scaled(self, x: Latents, level: Level) -> Latents:
+        return x / self._total(level)  # c_in x
+
+    def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
+        sigma, data, total = _column(level), self.sigma_data, self._total(level)
+        return (data / total) ** 2 * x + sigma * data / total * output  # c_skip x + c_out F
+
+    def _total(self, level: Level) -> Float[Tensor, "b 1 1 1"]:
+        """Standard deviation of the noised latents."""
+        return (_column(level) ** 2 + self.sigma_data**2).sqrt()
+
+
+@dataclass(frozen=True)
+class Flow(Objective):
+    """Flow matching on straight paths (arXiv 2210.02747, 2209.03003): x = (1 - t) latents + t noise.
+
+    The network answers the velocity noise - latents. Training times are logit-normal; `shift` moves the sampling grid
+    towards noise. To shift the training times as much, add ln(shift) to `mean`.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+    shift: float = 1.0
+
+    def noise_level(self, normal: Level) -> Level:
+        """Time, logit-normal."""
+        return logit_normal_time(normal, mean=self.mean, std=self.std)
+
+    def levels(self, steps: int) -> Float[Tensor, " levels"]:
+        """Times from 1 to 0, shifted."""
+        return flow_times(steps, shift=self.shift)
+
+    def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """1 - t."""
+        return 1 - level
+
+    def noise_label(self, level: Level) -> Level:
+        """ln(t / (1 - t)) / 4, which is EDM's label at the same ratio of noise to latents.
+
+        Kept finite by holding t within 0.001 of 0 and 1: labels reach from -1.73 to 1.73.
+        """
+        return level.logit(eps=1e-3) / 4
+
+    def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
+        """The velocity dx/dt, the same all along the path."""
+        return noise - latents
+
+    def _scaled(self, x: Latents, level: Level) -> Latents:
+        return x
+
+    def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
+        return x - _column(level) * output
+
+
+def _column(level: Level) -> Float[Tensor, "b 1 1 1"]:
+    return level[:, None, None, None]
+
+
+OBJECTIVES: dict[str, type[EDM] | type[Flow]] = {"edm": EDM, "flow": Flow}

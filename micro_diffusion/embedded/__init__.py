@@ -1,0 +1,1 @@
+"""Weights and data that ship with the package."""

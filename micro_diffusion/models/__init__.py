@@ -1,0 +1,1 @@
+"""What is trained (the transformer) and what is loaded (autoencoder, text encoder)."""

@@ -1,0 +1,131 @@
+"""Model folders: model.safetensors, and a config.json that names all that drawing needs."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from micro_diffusion.diffusion.objectives import EDM, OBJECTIVES, Flow
+from micro_diffusion.models.dit import DiT, DiTConfig
+from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
+
+T = TypeVar("T")
+VERSION = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A pretrained part by name, and the hash of its weights file: other weights would make other pictures."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """All that is needed to draw with a model, and where it comes from."""
+
+    dit: DiTConfig
+    objective: EDM | Flow
+    autoencoder: Part
+    text_encoder: Part
+    resolution: int  # pixels
+    images_seen: int
+    recipe: str
+    text_length: int | None = None  # tokens that captions were padded to in training; None: to the longest of the batch
+
+    def to_json(self) -> str:
+        """Readable, with the objective's name beside its fields."""
+        (name,) = (name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
+        values = dataclasses.asdict(self)
+        values["objective"] = {"name": name, **values["objective"]}
+        return json.dumps({"format": "micro-diffusion model", "version": VERSION, **values}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelCard":
+        """The inverse of `to_json`; UserError names what is unknown, missing or impossible."""
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{CONFIG} is not JSON ({error}); copy the model folder again.") from error
+        if not isinstance(values, dict) or values.pop("format", None) != "micro-diffusion model":
+            raise UserError(f"{CONFIG} does not describe a model of this program; give a run's model folder.")
+        if (version := values.pop("version", None)) != VERSION:
+            raise UserError(f"{CONFIG} has version {version}, this program reads {VERSION}; install the newer program.")
+        objective = values.get("objective")
+        name = objective.pop("name", None) if isinstance(objective, dict) else None
+        if name not in OBJECTIVES:
+            raise UserError(f"{CONFIG}: there is no objective {name!r} (there is: {', '.join(OBJECTIVES)}).")
+        kinds = {"dit": DiTConfig, "objective": OBJECTIVES[name], "autoencoder": Part, "text_encoder": Part}
+        made = {key: _make(kind, values[key], f"{key}.") for key, kind in kinds.items() if key in values}
+        return _make(cls, values | made, "")
+
+
+def save_model(folder: Path, dit: DiT, *, card: ModelCard) -> None:
+    """Write the model folder; whole or not at all."""
+    if card.dit != dit.config:
+        raise ValueError("the card describes another transformer")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in dit.state_dict().items()}
+    with atomic_folder(folder) as temporary:
+        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_atomic(temporary / CONFIG, card.to_json())
+
+
+def load_model(folder: Path) -> tuple[DiT, ModelCard]:
+    """The transformer of a model folder, on the CPU in float32, and its card; UserError if anything does not fit."""
+    folder = Path(folder)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"{folder} is not a model folder: it has no {file}.")
+    card = ModelCard.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
+    try:
+        with torch.device("meta"):  # no time spent on initial weights
+            dit = DiT(card.dit)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / CONFIG} describes no possible model: {error}.") from error
+    _check_fit(weights, dit.state_dict(), where=str(folder))
+    dit.load_state_dict(weights, assign=True)
+    return dit, card
+
+
+def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where: str) -> None:
+    """Raise UserError for the first tensor that is missing, unknown or of another shape."""
+    advice = f"{CONFIG} and {WEIGHTS} of {where} belong to different models"
+    for name, tensor in wanted.items():
+        if name not in weights:
+            raise UserError(f"{advice}: the tensor {name} is missing.")
+        if weights[name].shape != tensor.shape:
+            shapes = f"{tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+            raise UserError(f"{advice}: the tensor {name} has the shape {shapes}.")
+    for name in weights.keys() - wanted.keys():
+        raise UserError(f"{advice}: nothing has a tensor {name}.")
+
+
+def _make(kind: Callable[..., T], values: Any, where: str) -> T:
+    """A dataclass from parsed JSON, in which tuples have become lists."""
+    if not isinstance(values, dict):
+        raise UserError(f"{CONFIG}: {where.rstrip('.')} must be a table of settings.")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values.keys() - fields.keys():
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+        raise UserError(f"{CONFIG}: there is no setting {where}{key} (the nearest is {where}{near}).")
+    for name, field in fields.items():
+        if name not in values and field.default is dataclasses.MISSING:
+            raise UserError(f"{CONFIG} lacks the setting {where}{name}.")
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{CONFIG}: {where.rstrip('.')}: {error}.") from error

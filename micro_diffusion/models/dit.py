@@ -1,0 +1,242 @@
+"""MicroDiT: a diffusion transformer with a patch mixer, deferred masking and expert-choice layers (arXiv 2407.15811)."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from micro_diffusion.diffusion.objectives import Prediction
+from micro_diffusion.models import initialise
+from micro_diffusion.models.layers import (
+    CaptionEmbedder,
+    CrossAttention,
+    FinalLayer,
+    Modulation,
+    NoiseEmbedder,
+    PatchEmbed,
+    Refiner,
+    SelfAttention,
+    SwiGLU,
+    TextPerceptron,
+    layer_norm,
+    modulate,
+    round_up,
+)
+from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
+from micro_diffusion.models.moe import ExpertChoiceMoE
+from micro_diffusion.models.pos_embed import sincos_2d
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Shape of a model. Sizes are in latent units; the multipliers hold one number a backbone block."""
+
+    input_size: int | tuple[int, int]
+    patch_size: int
+    in_channels: int
+    dim: int
+    depth: int
+    head_dim: int
+    multiple_of: int
+    caption_channels: int
+    qkv_multipliers: tuple[float, ...]
+    ffn_multipliers: tuple[float, ...]
+    pos_interp_scale: float = 1.0
+    norm_eps: float = 1e-6
+    depth_init: bool = True
+    use_patch_mixer: bool = True
+    patch_mixer_depth: int = 4
+    patch_mixer_dim: int = 512
+    patch_mixer_qkv_ratio: float = 1.0
+    patch_mixer_mlp_ratio: float = 4.0
+    use_bias: bool = False
+    num_experts: int = 8
+    expert_capacity: float = 2.0
+    experts_every_n: int = 2
+    text_mask: Literal["none", "padding"] = "none"
+
+    def __post_init__(self) -> None:
+        for field in ("qkv_multipliers", "ffn_multipliers"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+            if len(getattr(self, field)) != self.depth:
+                raise ValueError(f"{field} has {len(getattr(self, field))} numbers for {self.depth} blocks")
+        if isinstance(self.input_size, list):
+            object.__setattr__(self, "input_size", tuple(self.input_size))
+        if any(side % self.patch_size for side in self.latent_size):
+            raise ValueError(f"latents of {self.latent_size} do not divide into patches of {self.patch_size}")
+        if self.dim % self.head_dim or (self.use_patch_mixer and self.patch_mixer_dim % self.head_dim):
+            raise ValueError(f"widths must be multiples of head_dim {self.head_dim}")
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        return self.input_size if isinstance(self.input_size, tuple) else (self.input_size, self.input_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.latent_size
+        return height // self.patch_size, width // self.patch_size
+
+    def is_expert(self, index: int) -> bool:
+        """Whether the feed-forward of block `index` (of backbone or mixer) is made of experts."""
+        return self.num_experts > 0 and self.experts_every_n > 0 and (index + 1) % self.experts_every_n == 0
+
+
+class EncodedText(NamedTuple):
+    """All that depends on the caption alone: computed once per picture when sampling."""
+
+    tokens: Float[Tensor, "b l d"]
+    mixer_tokens: Float[Tensor, "b l m"]
+    pooled: Float[Tensor, "b d"]
+    mask: Bool[Tensor, "b l"] | None
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to text, feed-forward; the first and the last modulated and gated."""
+
+    def __init__(self, c: DiTConfig, dim: int, *, qkv_ratio: float, ffn_ratio: float, experts: bool) -> None:
+        super().__init__()
+        width = dim if qkv_ratio == 1.0 else round_up(int(dim * qkv_ratio), 2 * c.head_dim)
+        self.norm1 = layer_norm(dim, c.norm_eps)
+        self.attn = SelfAttention(dim, width, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
+        self.cross_attn = CrossAttention(dim, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
+        self.norm2 = layer_norm(dim, c.norm_eps)
+        self.norm3 = layer_norm(dim, c.norm_eps)
+        self.mlp: nn.Module = (
+            ExpertChoiceMoE(dim, ffn_ratio, c.multiple_of, c.num_experts, c.expert_capacity)
+            if experts
+            else SwiGLU(dim, ffn_ratio, c.multiple_of, bias=c.use_bias)
+        )
+        self.adaLN_modulation = Modulation(c.dim, dim, 6)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        text: Float[Tensor, "b l d"],
+        cond: Float[Tensor, "b c"],
+        text_mask: Bool[Tensor, "b l"] | None,
+    ) -> Float[Tensor, "b t d"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + self.cross_attn(self.norm2(x), text, text_mask)
+        return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+
+
+class DiT(nn.Module):
+    """The transformer. Attribute names are those of the released checkpoints."""
+
+    pos_embed: Float[Tensor, "1 t d"]
+    mask_token: Float[Tensor, "1 1 p"]
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = c = config
+        patch_dim = c.patch_size**2 * c.in_channels
+        self.x_embedder = PatchEmbed(c.in_channels, c.patch_size, c.dim)
+        self.t_embedder = NoiseEmbedder(c.dim)
+        self.y_embedder = CaptionEmbedder(c.caption_channels, c.dim, c.norm_eps)
+        self.y_emb_preprocess = Refiner(c.dim, c.head_dim, c.multiple_of, eps=c.norm_eps, bias=c.use_bias)
+        self.pooled_y_emb_process = TextPerceptron(c.dim, c.dim, c.norm_eps)
+        mixer_dim = c.patch_mixer_dim if c.use_patch_mixer else c.dim
+        self.patch_mixer = nn.ModuleList(
+            Block(
+                c,
+                mixer_dim,
+                qkv_ratio=c.patch_mixer_qkv_ratio,
+                ffn_ratio=c.patch_mixer_mlp_ratio,
+                experts=c.is_expert(i),
+            )
+            for i in range(c.patch_mixer_depth if c.use_patch_mixer else 0)
+        )
+
+        def between(dim_in: int, dim_out: int) -> nn.Module:
+            if dim_in == dim_out:
+                return nn.Identity()
+            return nn.Sequential(layer_norm(dim_in, c.norm_eps), nn.Linear(dim_in, dim_out, bias=False))
+
+        self.patch_mixer_map_xin = between(c.dim, mixer_dim)
+        self.patch_mixer_map_xout = between(mixer_dim, c.dim)
+        self.patch_mixer_map_y = between(c.dim, mixer_dim)
+        self.blocks = nn.ModuleList(
+            Block(c, c.dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i) and i != c.depth - 1)
+            for i, (qkv, ffn) in enumerate(zip(c.qkv_multipliers, c.ffn_multipliers, strict=True))
+        )
+        self.final_layer = FinalLayer(c.dim, patch_dim, c.norm_eps)
+        self.register_buffer("pos_embed", sincos_2d(c.dim, *c.grid, scale=c.pos_interp_scale)[None])
+        self.register_buffer("mask_token", torch.zeros(1, 1, patch_dim))
+        initialise.initialise(self)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return self.config.grid[0] * self.config.grid[1]
+
+    def encode_text(self, text: Float[Tensor, "*b l c"], text_mask: Bool[Tensor, "b l"] | None = None) -> EncodedText:
+        """Refine and pool the caption; `text` may carry a singleton second axis: (b, 1, l, c)."""
+        if text.ndim == 4:
+            text = text.squeeze(1)
+        mask = text_mask if self.config.text_mask == "padding" else None
+        tokens = self.y_emb_preprocess(self.y_embedder(text), mask)
+        if mask is None:
+            mean = tokens.mean(dim=1)
+        else:
+            mean = (tokens * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
+        return EncodedText(tokens, self.patch_mixer_map_y(tokens), self.pooled_y_emb_process(mean), mask)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        noise_label: Float[Tensor, " b"],
+        text: Float[Tensor, "*b l d"] | EncodedText,
+        *,
+        text_mask: Bool[Tensor, "b l"] | None = None,
+        mask_ratio: float = 0.0,
+        mask_noise: Float[Tensor, "b t"] | None = None,
+    ) -> Prediction:
+        """Predict the raw network output F(x).
+
+        `mask_noise` ranks the patches when `mask_ratio` > 0 (fresh uniform noise if None); dropped patches come back as
+        zeros. With `text_mask="none"` in the configuration every text position counts and `text_mask` is not used.
+        """
+        encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
+        cond = self.t_embedder(noise_label) + encoded.pooled
+        patches = self.x_embedder(x) + self.pos_embed
+
+        patches = self.patch_mixer_map_xin(patches)
+        for block in self.patch_mixer:
+            patches = block(patches, encoded.mixer_tokens, cond, encoded.mask)
+
+        mask = None
+        if mask_ratio > 0:
+            noise = torch.rand(patches.shape[:2], device=x.device) if mask_noise is None else mask_noise
+            mask = random_patch_mask(noise, mask_ratio)
+            patches = gather_patches(patches, mask.kept)
+
+        patches = self.patch_mixer_map_xout(patches)
+        for block in self.blocks:
+            patches = block(patches, encoded.tokens, cond, encoded.mask)
+        pixels = self.final_layer(patches, cond)
+
+        if mask is None:
+            return Prediction(self.unpatchify(pixels), None)
+        full = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
+        return Prediction(self.unpatchify(full), mask.dropped)
+
+    def unpatchify(self, pixels: Float[Tensor, "b t p"]) -> Float[Tensor, "b c h w"]:
+        """Put patches, each ordered row, column, channel, together to latents."""
+        (rows, columns), size = self.config.grid, self.config.patch_size
+        grid = pixels.reshape(pixels.shape[0], rows, columns, size, size, self.config.in_channels)
+        return grid.permute(0, 5, 1, 3, 2, 4).reshape(pixels.shape[0], -1, rows * size, columns * size)
+
+
+def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float) -> DiT:
+    """The same weights for latents of another size, with positions made anew."""
+    other = DiT(replace(dit.config, input_size=input_size, pos_interp_scale=pos_interp_scale))
+    state = {key: value for key, value in dit.state_dict().items() if key != "pos_embed"}
+    other.load_state_dict(state | {"pos_embed": other.pos_embed})
+    return other.to(dit.pos_embed.device)
+
+

@@ -1,0 +1,183 @@
+"""The parts of a block: attention, feed-forward, modulation, embeddings."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple
+
+
+def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
+    """Layer normalisation with weight, without bias."""
+    return nn.LayerNorm(dim, eps=eps, bias=False)
+
+
+def modulate(
+    x: Float[Tensor, "b t d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]
+) -> Float[Tensor, "b t d"]:
+    """Adaptive layer-norm modulation (DiT, arXiv 2212.09748)."""
+    return x * (1 + scale) + shift
+
+
+class Modulation(nn.Sequential):
+    """GELU and a linear layer from the conditioning vector to `chunks` vectors of width `dim`."""
+
+    def __init__(self, cond_dim: int, dim: int, chunks: int) -> None:
+        super().__init__(nn.GELU(approximate="tanh"), nn.Linear(cond_dim, chunks * dim))
+        self.chunks = chunks
+
+    def forward(self, cond: Float[Tensor, "b c"]) -> tuple[Float[Tensor, "b 1 d"], ...]:
+        return super().forward(cond)[:, None].chunk(self.chunks, dim=2)
+
+
+def attend(
+    q: Float[Tensor, "b t d"],
+    k: Float[Tensor, "b l d"],
+    v: Float[Tensor, "b l d"],
+    *,
+    head_dim: int,
+    eps: float,
+    mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b t d"]:
+    """Softmax attention with queries and keys layer-normalised over all heads together.
+
+    `mask` is true where a key may be attended to.
+    """
+    width = q.shape[-1]
+    q = F.layer_norm(q, (width,), eps=eps).to(v.dtype)
+    k = F.layer_norm(k, (width,), eps=eps).to(v.dtype)
+    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
+    return out.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention of any inner width that holds whole heads."""
+
+    def __init__(self, dim: int, width: int, head_dim: int, *, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.head_dim, self.eps = head_dim, eps
+        self.qkv = nn.Linear(dim, 3 * width, bias=bias)
+        self.proj = nn.Linear(width, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b t d"], mask: Bool[Tensor, "b t"] | None = None) -> Float[Tensor, "b t d"]:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, head_dim=self.head_dim, eps=self.eps, mask=mask))
+
+
+class CrossAttention(nn.Module):
+    """Attention from patches to text, as wide as the patches."""
+
+    def __init__(self, dim: int, head_dim: int, *, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.head_dim, self.eps = head_dim, eps
+        self.q_linear = nn.Linear(dim, dim, bias=bias)
+        self.kv_linear = nn.Linear(dim, 2 * dim, bias=bias)
+        self.proj = nn.Linear(dim, dim, bias=bias)
+
+    def forward(
+        self, x: Float[Tensor, "b t d"], text: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None
+    ) -> Float[Tensor, "b t d"]:
+        k, v = self.kv_linear(text).chunk(2, dim=-1)
+        return self.proj(attend(self.q_linear(x), k, v, head_dim=self.head_dim, eps=self.eps, mask=mask))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: output(silu(gate(x)) * value(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, dim: int, ratio: float, multiple_of: int, *, bias: bool) -> None:
+        super().__init__()
+        hidden = round_up(int(2 * int(dim * ratio) / 3), multiple_of)
+        self.w1 = nn.Linear(dim, hidden, bias=bias)
+        self.w2 = nn.Linear(dim, hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        gate, value, output = self.w1, self.w2, self.w3
+        return output(F.silu(gate(x)) * value(x))
+
+
+class TextPerceptron(nn.Module):
+    """Linear, GELU, layer norm, linear."""
+
+    def __init__(self, in_dim: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_dim, dim)
+        self.norm = layer_norm(dim, eps)
+        self.fc2 = nn.Linear(dim, dim)
+
+    def forward(self, x: Float[Tensor, "*b c"]) -> Float[Tensor, "*b d"]:
+        return self.fc2(self.norm(F.gelu(self.fc1(x), approximate="tanh")))
+
+
+class CaptionEmbedder(nn.Module):
+    """Brings the text encoder's states to the model's width."""
+
+    def __init__(self, in_dim: int, dim: int, eps: float) -> None:
+        super().__init__()
+        self.y_proj = TextPerceptron(in_dim, dim, eps)
+
+    def forward(self, states: Float[Tensor, "b l c"]) -> Float[Tensor, "b l d"]:
+        return self.y_proj(states)
+
+
+class Refiner(nn.Module):
+    """One pre-norm self-attention and feed-forward block over the caption."""
+
+    def __init__(self, dim: int, head_dim: int, multiple_of: int, *, eps: float, bias: bool) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(dim, eps)
+        self.attn = SelfAttention(dim, dim, head_dim, eps=eps, bias=bias)
+        self.norm2 = layer_norm(dim, eps)
+        self.mlp = SwiGLU(dim, 4.0, multiple_of, bias=bias)
+
+    def forward(self, x: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None) -> Float[Tensor, "b l d"]:
+        x = x + self.attn(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class NoiseEmbedder(nn.Module):
+    """Sinusoids of the noise label, then a two-layer perceptron."""
+
+    WIDTH = 512
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(self.WIDTH, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+
+    def forward(self, label: Float[Tensor, " b"]) -> Float[Tensor, "b d"]:
+        half = self.WIDTH // 2
+        steps = torch.arange(half, dtype=torch.float32, device=label.device)
+        angles = label.float()[:, None] * torch.exp(steps * (-math.log(10000.0) / half))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, each through the same linear map."""
+
+    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b t d"]:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class FinalLayer(nn.Module):
+    """Modulated layer norm and the linear map to pixels of a patch, ordered row, column, channel."""
+
+    def __init__(self, dim: int, out_dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm_final = layer_norm(dim, eps)
+        self.linear = nn.Linear(dim, out_dim)
+        self.adaLN_modulation = Modulation(dim, dim, 2)
+
+    def forward(self, x: Float[Tensor, "b t d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b t p"]:
+        shift, scale = self.adaLN_modulation(cond)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

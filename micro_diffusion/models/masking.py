@@ -1,0 +1,61 @@
+"""Which patches stay, and which captions are dropped."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class PatchMask(NamedTuple):
+    """The patches that the backbone sees."""
+
+    kept: Int[Tensor, "b k"]
+    dropped: Bool[Tensor, "b t"]
+
+
+def random_patch_mask(noise: Float[Tensor, "b t"], mask_ratio: float) -> PatchMask:
+    """Keep the `int(t * (1 - mask_ratio))` patches of each image with the lowest noise (paper, section 3.1).
+
+    Raises ValueError when no patch would be kept.
+    """
+    patches = noise.shape[1]
+    keep = int(patches * (1 - mask_ratio))
+    if keep < 1:
+        raise ValueError(f"mask_ratio={mask_ratio} keeps none of {patches} patches")
+    order = noise.argsort(dim=1)
+    kept = order[:, :keep]
+    dropped = torch.ones_like(noise, dtype=torch.bool).scatter(1, kept, False)
+    return PatchMask(kept, dropped)
+
+
+def gather_patches(x: Float[Tensor, "b t d"], kept: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """The kept patches of each image."""
+    return x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def scatter_patches(
+    x: Float[Tensor, "b k d"], kept: Int[Tensor, "b k"], fill: Float[Tensor, "1 1 d"], patches: int
+) -> Float[Tensor, "b t d"]:
+    """Put kept patches back in their places; `fill` stands in the others."""
+    full = fill.to(x.dtype).expand(x.shape[0], patches, -1)
+    return full.scatter(1, kept[:, :, None].expand_as(x), x)
+
+
+class Text(NamedTuple):
+    """Caption states, and which positions hold a token (None: all)."""
+
+    states: Float[Tensor, "b l d"]
+    mask: Bool[Tensor, "b l"] | None
+
+
+def null_caption(
+    states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None, dropped: Bool[Tensor, " b"]
+) -> Text:
+    """Replace the captions where `dropped` by the null caption: zeros and, with a mask, a single token of zeros."""
+    states = states.masked_fill(dropped[:, None, None], 0.0)
+    if mask is not None:
+        single = torch.zeros_like(mask)
+        single[:, 0] = True
+        mask = torch.where(dropped[:, None], single, mask)
+    return Text(states, mask)

@@ -1,0 +1,62 @@
+"""Mixture of experts in which each expert chooses its tokens."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from micro_diffusion.models.layers import round_up
+
+
+class Routing(NamedTuple):
+    """Which tokens each expert took, and with what weight."""
+
+    weights: Float[Tensor, "b e k"]
+    tokens: Int[Tensor, "b e k"]
+
+
+def expert_capacity(tokens: int, num_experts: int, capacity_factor: float) -> int:
+    """Tokens of an image that each expert takes; raises ValueError when that is none."""
+    capacity = int(capacity_factor * tokens / num_experts)
+    if capacity < 1:
+        raise ValueError(
+            f"{num_experts} experts with capacity factor {capacity_factor} take no token of {tokens}: "
+            "use fewer experts, a larger capacity factor or a lower mask ratio"
+        )
+    return min(capacity, tokens)
+
+
+class ExpertChoiceMoE(nn.Module):
+    """Expert-choice feed-forward (arXiv 2202.09368): in each image, every expert takes its best tokens.
+
+    A token's output is the sum over the experts that took it of probability times expert(x); zero if none did. Tokens
+    are gathered by index and expert outputs added back by index: no one-hot matrix is ever built.
+    """
+
+    def __init__(self, dim: int, ratio: float, multiple_of: int, num_experts: int, capacity_factor: float) -> None:
+        super().__init__()
+        hidden = round_up(int(dim * ratio), multiple_of)
+        self.num_experts, self.capacity_factor = num_experts, capacity_factor
+        self.gate = nn.Linear(dim, num_experts, bias=False)
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+
+    def route(self, x: Float[Tensor, "b t d"]) -> Routing:
+        """Softmax over experts for each token, then each expert's top tokens in each image."""
+        probabilities = self.gate(x).float().softmax(dim=-1)
+        capacity = expert_capacity(x.shape[1], self.num_experts, self.capacity_factor)
+        return Routing(*probabilities.transpose(1, 2).topk(capacity, dim=-1, sorted=False))
+
+    def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
+        batch, count, dim = x.shape
+        weights, tokens = self.route(x)
+        offsets = torch.arange(batch, device=x.device)[:, None, None] * count
+        rows = (tokens + offsets).transpose(0, 1).flatten(1)  # (experts, batch * capacity), rows of the flat batch
+        taken = x.flatten(0, 1)[rows]
+        hidden = F.gelu(torch.bmm(taken, self.w1.to(taken.dtype)))
+        output = torch.bmm(hidden, self.w2.to(hidden.dtype))
+        weighted = output * weights.transpose(0, 1).flatten(1)[:, :, None].to(output.dtype)
+        combined = weighted.new_zeros(batch * count, dim).index_add(0, rows.flatten(), weighted.flatten(0, 1))
+        return combined.view(batch, count, dim)

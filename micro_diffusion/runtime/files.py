@@ -1,0 +1,89 @@
+"""Files that are whole or not there: atomic writes, hashes, and the error that a user can cause."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says what to do. The command line exits with code 2."""
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a kill, sees the old content or the new one and nothing between."""
+    path = Path(path)
+    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of `final`; on success sync its files and rename it to `final`, on error remove it.
+
+    What a killed run left under the temporary name is removed first. An existing `final` is replaced: it is moved aside
+    for the moment between two renames, so names that are never reused (a step number) are safer than a fixed one.
+    """
+    final = Path(final)
+    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
+    _remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            sync(path)
+        if final.exists():
+            aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
+            _remove(aside)
+            final.rename(aside)
+            temporary.rename(final)
+            _remove(aside)
+        else:
+            temporary.rename(final)
+    except BaseException:
+        _remove(temporary)
+        raise
+    sync(final.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed run left directly in `folder`."""
+    for path in Path(folder).glob(f"{TEMPORARY_PREFIX}*"):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk. Windows cannot open folders: skipped."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

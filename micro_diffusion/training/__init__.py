@@ -1,0 +1,1 @@
+"""The training loop, its stages, and what it saves."""

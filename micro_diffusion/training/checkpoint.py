@@ -1,0 +1,76 @@
+"""Checkpoints: complete or absent, and exact. `checkpoints/000001024/` is the state after 1,024 images."""
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from micro_diffusion.runtime.files import UserError, atomic_folder
+from micro_diffusion.training.config import Recipe, differences
+from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.stages import State, first_state
+
+
+def save(folder: Path, state: State, recipe: Recipe, *, keep: int = 2) -> Path:
+    """Write the state aside, rename it into place, and remove all but the newest `keep` checkpoints."""
+    final = folder / f"{state.images:012d}"
+    with atomic_folder(final) as temporary:
+        with _one_process():
+            dcp.save(_tensors(state), checkpoint_id=temporary)
+        clock = {"stage": state.stage, "images": state.images, "ema": state.ema is not None}
+        (temporary / "state.json").write_text(json.dumps(clock))
+        (temporary / "recipe.json").write_text(recipe.to_json())
+    for old in _all(folder)[:-keep]:
+        (old / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
+        shutil.rmtree(old)
+    return final
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return max(_all(folder), default=None)
+
+
+def load(path: Path, recipe: Recipe, *, downscale: int, device: torch.device) -> State:
+    """The state that `save` wrote, bit for bit; UserError if it belongs to another recipe."""
+    check_recipe(path / "recipe.json", recipe)
+    clock = json.loads((path / "state.json").read_text())
+    state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device)
+    state.images, state.ema = clock["images"], Ema(state.dit) if clock["ema"] else None
+    with _one_process():
+        dcp.load(_tensors(state), checkpoint_id=path)  # in place
+    return state
+
+
+def check_recipe(path: Path, recipe: Recipe) -> None:
+    """Raise UserError naming every setting in which the recipe saved at `path` differs from this one."""
+    if different := differences(recipe, Recipe.from_json(path.read_text())):
+        raise UserError(
+            f"the run in {path.parent} was started with another recipe; go on with the same settings or choose a new "
+            f"folder ({'; '.join(different)})"
+        )
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("[0-9]*/state.json"))
+
+
+def _tensors(state: State) -> dict[str, Any]:
+    """The state's own tensors under stable names, to be written, or to be read into."""
+    optimizer = {name: state.optimizer.state[parameter] for name, parameter in state.dit.named_parameters()}
+    tensors = {"weights": state.dit.state_dict(), "optimizer": optimizer, "skipped": state.skipped}
+    return tensors | ({"ema": state.ema.dit.state_dict()} if state.ema else {})
+
+
+@contextlib.contextmanager
+def _one_process() -> Iterator[None]:
+    """Without a process group torch warns that it takes the run for a single process, which it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

@@ -1,0 +1,249 @@
+"""What a run is: a `Recipe`, which is a model, a list of `Stage`s and the settings they share."""
+
+import dataclasses
+import difflib
+import itertools
+import json
+import types
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from micro_diffusion.diffusion.objectives import EDM, Flow
+from micro_diffusion.models.dit import DiTConfig
+from micro_diffusion.runtime.files import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: resolution, mask ratio, noise, learning rate, length. Every length counts images seen."""
+
+    name: str
+    resolution: int
+    """Pixels of the shorter edge; the loader of this resolution feeds the stage."""
+    images: int
+    """Length of the stage, a whole number of batches."""
+    batch_size: int
+    """Images of one optimizer step, over all devices."""
+    learning_rate: float
+    micro_batch: int = 0
+    """Images of one forward pass; 0 is the whole batch. Changes memory and speed, never the result."""
+    mask_ratio: float = 0.0
+    warmup_images: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr_ratio: float = 1.0
+    """Where the cosine ends, as a part of learning_rate."""
+    clip_norm: float = 0.25
+    p_mean: float = -0.6
+    """Mean of the noise level's normal: of ln(sigma) for EDM, of logit(t) for flow matching."""
+    p_std: float = 1.2
+    start: Literal["scratch", "weights", "all_but_schedule"] = "weights"
+    """What is taken over from the stage before; see `training.stages`."""
+    ema_halflife_images: int = 0
+    """Half-life of the weight average; 0 switches it off."""
+    ema_start_images: int = 0
+    """Images of this stage after which the average starts, from the weights of that moment."""
+    pos_interp_scale: float = 1.0
+
+    def validate(self) -> None:
+        """Raise UserError for a setting that cannot work or that does nothing."""
+        for name in ("resolution", "images", "batch_size", "learning_rate", "clip_norm", "p_std", "pos_interp_scale"):
+            self._require(getattr(self, name) > 0, f"{name} must be positive")
+        for name in ("micro_batch", "warmup_images", "final_lr_ratio", "ema_halflife_images", "ema_start_images"):
+            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
+        whole = max(1, round(self.images / self.batch_size)) * self.batch_size
+        self._require(
+            self.images == whole, f"images must be a whole number of batches of {self.batch_size}: {whole} is nearest"
+        )
+        if self.micro_batch:
+            self._require(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
+            self._require(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
+        self._require(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
+        self._require(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
+        if self.schedule == "constant":
+            self._require(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
+        else:
+            self._require(
+                self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it"
+            )
+        if self.ema_start_images:
+            self._require(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
+            self._require(
+                self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images"
+            )
+
+    def _require(self, condition: bool, message: str) -> None:
+        if not condition:
+            raise UserError(f"stage {self.name!r}: {message}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `recipe.json` in the run folder is this, resolved."""
+
+    name: str
+    model: DiTConfig
+    """Input size and position scale are set by each stage."""
+    stages: tuple[Stage, ...]
+    objective: Literal["edm", "flow"] = "edm"
+    sigma_data: float = 0.9
+    """Standard deviation of the latents (EDM only)."""
+    flow_shift: float = 1.0
+    """Shift of the sampling grid towards noise (flow matching only)."""
+    caption_dropout: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    seed: int = 18
+    autoencoder: str = "embedded"
+    text_encoder: str = "embedded"
+    text_length: int | None = None
+    """Text positions of every batch; None is the longest caption of each batch."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the network's forward pass; weights, optimizer and loss stay float32."""
+    compile: bool = False
+    log_every: int = 1024
+    """Images between two rows of the log; the loss is read from the device only then."""
+    checkpoint_every: int = 0
+    """Images between checkpoints; 0 leaves the one at the end of each stage, as below."""
+    sample_every: int = 0
+    validate_every: int = 0
+
+    @property
+    def images(self) -> int:
+        """Images of all stages."""
+        return sum(stage.images for stage in self.stages)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Images seen at the end of each stage."""
+        return tuple(itertools.accumulate(stage.images for stage in self.stages))
+
+    @property
+    def intervals(self) -> tuple[int, ...]:
+        """Images between the moments at which something other than a step happens."""
+        return self.log_every, self.checkpoint_every, self.sample_every, self.validate_every
+
+    def stage_model(self, stage: Stage, *, downscale: int) -> DiTConfig:
+        """The model's configuration at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
+        tile = downscale * self.model.patch_size
+        if stage.resolution % tile:
+            raise UserError(f"stage {stage.name!r}: resolution {stage.resolution} is not a multiple of {tile} pixels")
+        size = stage.resolution // downscale
+        return dataclasses.replace(self.model, input_size=size, pos_interp_scale=stage.pos_interp_scale)
+
+    def make_objective(self, stage: Stage) -> EDM | Flow:
+        """The stage's loss."""
+        if self.objective == "edm":
+            return EDM(sigma_data=self.sigma_data, p_mean=stage.p_mean, p_std=stage.p_std)
+        return Flow(mean=stage.p_mean, std=stage.p_std, shift=self.flow_shift)
+
+    def validate(self) -> None:
+        """Raise UserError for a setting that cannot work or that does nothing."""
+        _require(len(self.stages) > 0, "a recipe needs at least one stage")
+        for stage in self.stages:
+            stage.validate()
+        _require(len({stage.name for stage in self.stages}) == len(self.stages), "two stages have the same name")
+        first = self.stages[0]
+        _require(first.start == "scratch", f"stage {first.name!r} is the first: its start must be 'scratch'")
+        for before, stage in itertools.pairwise(self.stages):
+            _require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
+            same = (before.resolution, before.pos_interp_scale) == (stage.resolution, stage.pos_interp_scale)
+            _require(
+                same or stage.start == "weights",
+                f"stage {stage.name!r} changes the resolution or pos_interp_scale: its start must be 'weights'",
+            )
+        _require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
+        _require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
+        edm = self.objective == "edm"
+        _require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
+        _require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")
+        _require(
+            self.model.text_mask == "padding" or self.text_length is not None,
+            "text_mask 'none' pools over every text position: set text_length, so that all batches have as many",
+        )
+        _require(not self.compile or self.text_length is not None, "compile needs fixed shapes: set text_length")
+        _require(self.log_every > 0, "log_every must be positive")
+        for name in ("log_every", "checkpoint_every", "sample_every", "validate_every"):
+            every = getattr(self, name)
+            _require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
+
+    def to_json(self) -> str:
+        """The recipe as text that `from_json` reads back equal."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Read and validate a recipe; UserError names an unknown key and the nearest known one."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"the recipe is not valid JSON: {error}") from error
+        recipe: Recipe = _parse(cls, data, "recipe")
+        recipe.validate()
+        return recipe
+
+
+def differences(ours: Recipe, theirs: Recipe) -> list[str]:
+    """One line for each setting that two recipes do not share: `stages.0.learning_rate: 0.001 here, 0.002 there`."""
+    here, there = _flat(json.loads(ours.to_json())), _flat(json.loads(theirs.to_json()))
+    missing = object()
+    return [
+        f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} there"
+        for key in dict.fromkeys([*here, *there])
+        if here.get(key, missing) != there.get(key, missing)
+    ]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict | list):
+        return {prefix[:-1]: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, part in items for key, leaf in _flat(part, f"{prefix}{name}.").items()}
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    """Turn a JSON value into the type `hint`; UserError says where it does not fit."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
+        return _parse_dataclass(hint, value, where)
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (Union, types.UnionType):
+        for option in arguments:
+            if _fits(option, value):
+                return _parse(option, value, where)
+    if origin is tuple and isinstance(value, list):
+        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(parts) == len(value):
+            return tuple(_parse(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value)))
+    if origin is None and _fits(hint, value):
+        return float(value) if hint is float else value
+    expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
+    raise UserError(f"{where} is {value!r}, but must be {expected}")
+
+
+def _parse_dataclass(cls: type, value: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in value.keys() - fields.keys():
+        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+        raise UserError(f"unknown setting {key!r} in {where}; the nearest known one is {near!r}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        _require(name in value or not required, f"{where} lacks the setting {name!r}")
+    hints = get_type_hints(cls)
+    return cls(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list)
+    return isinstance(value, hint)

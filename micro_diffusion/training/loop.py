@@ -1,0 +1,210 @@
+"""The training loop: batch, loss, backward, guard, step, clock, hooks."""
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from micro_diffusion.data.loader import Loader
+from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.flops import forward_flops
+from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
+from micro_diffusion.runtime.log import RunLog
+from micro_diffusion.training import checkpoint
+from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.ema import follow
+from micro_diffusion.training.feed import conditioned, feed
+from micro_diffusion.training.hooks import Hook, Moment, Validation
+from micro_diffusion.training.optim import Step, guarded_step, learning_rate
+from micro_diffusion.training.stages import State, first_state, next_state
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """A signal ended the run; the checkpoint is written, and the same command resumes. Exit code: 128 + signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; the same command resumes")
+        self.signal = number
+
+
+def train(
+    recipe: Recipe,
+    *,
+    run: Path,
+    loaders: Mapping[int, Loader],
+    downscale: int,
+    device: torch.device,
+    release: Callable[[Path, State], None],
+    validation: Mapping[int, Loader] | None = None,
+    hooks: Sequence[Hook] = (),
+) -> DiT:
+    """Train through all stages in the folder `run`, going on from its newest checkpoint; return the released weights.
+
+    `loaders` and `validation` are by resolution, `downscale` is pixels to a latent, and `release(folder, state)` writes
+    a model folder, at the end of each stage. Raises UserError for a recipe that cannot run and Interrupted on a signal.
+    """
+    recipe.validate()
+    _check_loaders(recipe, loaders, validation)
+    state = _open_run(run, recipe, downscale=downscale, device=device)
+    log = RunLog(run / "log.jsonl", images=state.images)
+    if validation is not None:
+        hooks = (Validation(validation, recipe), *hooks)
+    meter = Meter(recipe, downscale=downscale, device=device)
+    with contextlib.ExitStack() as stack:
+        for resource in (log, *hooks):
+            stack.callback(resource.close)
+        received = stack.enter_context(_signals())
+        while True:
+            stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
+            objective, patch_size = recipe.make_objective(stage), recipe.model.patch_size
+            dit = torch.compile(state.dit, dynamic=False) if recipe.compile else state.dit
+            batches = feed(
+                loaders[stage.resolution], recipe, stage,
+                patches=state.dit.num_patches, start=state.images, stop=end, device=device,
+            )  # fmt: skip
+            meter.restart()
+            with contextlib.closing(batches):
+                for batch in batches:
+                    # loss, backward
+                    loss = torch.zeros((), device=device)
+                    for part in batch.split(stage.micro_batch):
+                        network = conditioned(
+                            dit, part.text, part.text_mask,
+                            precision=recipe.precision, mask_ratio=stage.mask_ratio, mask_noise=part.mask_noise,
+                        )  # fmt: skip
+                        level = objective.noise_level(part.sigma_normal)
+                        terms = objective.loss(network, part.latents, level, part.noise, patch_size=patch_size)
+                        share = terms.per_image.sum() / stage.batch_size
+                        share.backward()
+                        loss += share.detach()
+
+                    # guard, clip, step, clock
+                    before, state.images = state.images, state.images + stage.batch_size
+                    into_stage = state.images - (end - stage.images)
+                    rate = learning_rate(stage, into_stage)
+                    step = guarded_step(state.optimizer, loss, lr=rate, clip_norm=stage.clip_norm)
+                    state.skipped += ~step.taken
+                    state.ema = follow(state.ema, state.dit, stage, images=into_stage)
+                    meter.add(loss, step, images=stage.batch_size)
+
+                    # hooks, log, checkpoint
+                    moment = Moment(stage, before=before, after=state.images, stage_ends=state.images == end)
+                    signals = tuple(received)
+                    if moment.due(*recipe.intervals) or signals:
+                        row = meter.row(state, rate)
+                        for hook in hooks:
+                            row |= hook.after_step(state, moment)
+                        log.write(row)
+                        for hook in hooks:
+                            hook.on_row(row)
+                        if moment.due(recipe.checkpoint_every) or signals:
+                            checkpoint.save(run / "checkpoints", state, recipe)
+                        meter.restart()
+                    if signals:
+                        raise Interrupted(signals[0])
+            release(run / f"model-stage-{state.stage + 1}", state)
+            release(run / "model", state)
+            if state.stage + 1 == len(recipe.stages):
+                return state.shown
+            state = next_state(recipe, state, downscale=downscale)
+
+
+class Meter:
+    """Loss, gradient norm and speed between two rows of the log; summed on the device, read once a row."""
+
+    def __init__(self, recipe: Recipe, *, downscale: int, device: torch.device) -> None:
+        self.recipe = recipe
+        models = [recipe.stage_model(stage, downscale=downscale) for stage in recipe.stages]
+        self.costs = [
+            forward_flops(model, mask_ratio=stage.mask_ratio, text_length=recipe.text_length or 16)
+            for model, stage in zip(models, recipe.stages, strict=True)
+        ]
+        self.device, self.started = device, time.monotonic()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new row."""
+        self.sums = torch.zeros(3, device=self.device)
+        self.images, self.since = 0, time.monotonic()
+
+    def add(self, loss: Tensor, step: Step, *, images: int) -> None:
+        """Count a step; one that the guard skipped stays out of the means."""
+        values = torch.stack([loss, step.grad_norm, torch.ones_like(loss)])
+        self.sums += torch.where(step.taken, values, 0)
+        self.images += images
+
+    def row(self, state: State, rate: float) -> dict[str, Any]:
+        """The log's row; waits for the device. Means are None where every step was skipped."""
+        loss, norm, steps, skipped = [*self.sums.tolist(), int(state.skipped)]
+        now = time.monotonic()
+        speed = self.images / (now - self.since)
+        rest = [max(0, end - max(state.images, end - stage.images))
+                for stage, end in zip(self.recipe.stages, self.recipe.ends, strict=True)]  # fmt: skip
+        cost = sum(images * flops for images, flops in zip(rest, self.costs, strict=True))
+        return {
+            "images": state.images,
+            "stage": self.recipe.stages[state.stage].name,
+            "loss": loss / steps if steps else None,
+            "grad_norm": norm / steps if steps else None,
+            "learning_rate": rate,
+            "skipped": skipped,
+            "images_per_second": speed,
+            "seconds": now - self.started,
+            "seconds_left": cost / self.costs[state.stage] / speed,
+        }
+
+
+def _check_loaders(recipe: Recipe, loaders: Mapping[int, Loader], validation: Mapping[int, Loader] | None) -> None:
+    for stage in recipe.stages:
+        for kind, by_resolution in (("training", loaders), ("validation", validation)):
+            if by_resolution is not None and stage.resolution not in by_resolution:
+                raise UserError(f"stage {stage.name!r} needs {kind} latents at {stage.resolution} px: prepare them")
+    if recipe.validate_every and validation is None:
+        raise UserError("validate_every does nothing without held-out rows: set it to 0, or prepare some")
+
+
+def _open_run(run: Path, recipe: Recipe, *, downscale: int, device: torch.device) -> State:
+    """The state to go on from; UserError if the folder holds a run with another recipe."""
+    checkpoints, saved = run / "checkpoints", run / "recipe.json"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    if saved.exists():
+        checkpoint.check_recipe(saved, recipe)
+    else:
+        write_atomic(saved, recipe.to_json())
+    remove_leftovers(checkpoints)
+    newest = checkpoint.latest(checkpoints)
+    if newest is None:
+        return first_state(recipe, downscale=downscale, device=device)
+    logger.info("resuming from %s", newest)
+    return checkpoint.load(newest, recipe, downscale=downscale, device=device)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; the second one acts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield received
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)

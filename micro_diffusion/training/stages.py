@@ -1,0 +1,57 @@
+"""The state of a run, and what one stage hands to the next."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from micro_diffusion.models.dit import DiT, resized
+from micro_diffusion.runtime.random import derive_seed
+from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.optim import make_optimizer
+
+
+@dataclass
+class State:
+    """Everything that the next step depends on, the recipe apart."""
+
+    dit: DiT
+    optimizer: AdamW
+    ema: Ema | None
+    skipped: Tensor  # steps that the guard skipped, counted on the device
+    stage: int
+    images: int
+
+    @property
+    def shown(self) -> DiT:
+        """The weights that are sampled, validated and released: the average where there is one."""
+        return self.ema.dit if self.ema else self.dit
+
+
+def first_state(recipe: Recipe, *, stage: int = 0, downscale: int, device: torch.device) -> State:
+    """A new model, the same for the same seed, in the shape of the given stage."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
+        dit = DiT(recipe.stage_model(recipe.stages[stage], downscale=downscale)).to(device)
+    optimizer = make_optimizer(dit.parameters(), recipe)
+    return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
+
+
+def next_state(recipe: Recipe, state: State, *, downscale: int) -> State:
+    """The state in which the stage after `state.stage` begins.
+
+    `weights` takes over the trained weights alone (not their average: the optimizer left off there), regenerates the
+    positions for the new resolution and starts optimizer and average anew. `all_but_schedule` keeps the optimizer too,
+    and the average, unless the stage names the image at which a new one starts.
+    """
+    stage = recipe.stages[state.stage + 1]
+    dit, optimizer, ema = state.dit, state.optimizer, state.ema
+    if stage.start == "weights":
+        config = recipe.stage_model(stage, downscale=downscale)
+        dit = resized(dit, config.input_size, config.pos_interp_scale)
+        optimizer = make_optimizer(dit.parameters(), recipe)
+    if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
+        ema = None
+    return State(dit, optimizer, ema, state.skipped, stage=state.stage + 1, images=state.images)

