@@ -1,6 +1,7 @@
 """What every source yields: a picture, its captions, a key; and how a picture becomes an RGB square."""
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ class Record:
     """One picture with its captions, as a source found it; nothing is opened or decoded yet."""
 
     key: str  # unique within a store
-    image: bytes | Path
+    image: bytes | Path | Callable[[], bytes]  # called in the threads that decode
     captions: tuple[Caption, ...]
     source: str
     split: str = "train"
@@ -46,16 +47,17 @@ def decode_image(record: Record) -> Image.Image:
     Raises `Rejected` for a file that cannot be read, does not decode, or has more than `MAX_PIXELS` pixels.
     """
     try:
-        content = record.image if isinstance(record.image, bytes) else record.image.read_bytes()
+        image = record.image
+        content = image if isinstance(image, bytes) else image.read_bytes() if isinstance(image, Path) else image()
     except OSError as error:
         raise Rejected("file cannot be read", error.strerror or str(error)) from error
     if not content:
         raise Rejected("empty file")
     try:
-        image = Image.open(io.BytesIO(content))
-        if image.width * image.height > MAX_PIXELS:
-            raise Rejected("too many pixels", f"{image.width} x {image.height}")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        picture = Image.open(io.BytesIO(content))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise Rejected("too many pixels", f"{picture.width} x {picture.height}")
+        return _to_rgb(ImageOps.exif_transpose(picture))
     except Rejected:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
