@@ -1,4 +1,4 @@
-"""MicroDiT: a diffusion transformer with a patch mixer, deferred masking and expert-choice layers (arXiv 2407.15811)."""
+"""MicroDiT (arXiv 2407.15811): a diffusion transformer with patch mixer, deferred masking and expert-choice layers."""
 
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -20,9 +20,9 @@ from micro_diffusion.models.layers import (
     SelfAttention,
     SwiGLU,
     TextPerceptron,
+    attention_width,
     layer_norm,
     modulate,
-    round_up,
 )
 from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
 from micro_diffusion.models.moe import ExpertChoiceMoE
@@ -99,7 +99,7 @@ class Block(nn.Module):
 
     def __init__(self, c: DiTConfig, dim: int, *, qkv_ratio: float, ffn_ratio: float, experts: bool) -> None:
         super().__init__()
-        width = dim if qkv_ratio == 1.0 else round_up(int(dim * qkv_ratio), 2 * c.head_dim)
+        width = attention_width(dim, qkv_ratio, c.head_dim)
         self.norm1 = layer_norm(dim, c.norm_eps)
         self.attn = SelfAttention(dim, width, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
         self.cross_attn = CrossAttention(dim, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
@@ -238,5 +238,3 @@ def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float
     state = {key: value for key, value in dit.state_dict().items() if key != "pos_embed"}
     other.load_state_dict(state | {"pos_embed": other.pos_embed})
     return other.to(dit.pos_embed.device)
-
-

@@ -13,6 +13,16 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def attention_width(dim: int, ratio: float, head_dim: int) -> int:
+    """Inner width of a self-attention: an even number of heads, but exactly `dim` at ratio 1."""
+    return dim if ratio == 1.0 else round_up(int(dim * ratio), 2 * head_dim)
+
+
+def swiglu_width(dim: int, ratio: float, multiple_of: int) -> int:
+    """Hidden width of a SwiGLU that costs as much as a plain feed-forward `ratio` times as wide as its input."""
+    return round_up(int(2 * int(dim * ratio) / 3), multiple_of)
+
+
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
     """Layer normalisation with weight, without bias."""
     return nn.LayerNorm(dim, eps=eps, bias=False)
@@ -93,7 +103,7 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, ratio: float, multiple_of: int, *, bias: bool) -> None:
         super().__init__()
-        hidden = round_up(int(2 * int(dim * ratio) / 3), multiple_of)
+        hidden = swiglu_width(dim, ratio, multiple_of)
         self.w1 = nn.Linear(dim, hidden, bias=bias)
         self.w2 = nn.Linear(dim, hidden, bias=bias)
         self.w3 = nn.Linear(hidden, dim, bias=bias)

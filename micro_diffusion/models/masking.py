@@ -14,17 +14,17 @@ class PatchMask(NamedTuple):
     dropped: Bool[Tensor, "b t"]
 
 
-def random_patch_mask(noise: Float[Tensor, "b t"], mask_ratio: float) -> PatchMask:
-    """Keep the `int(t * (1 - mask_ratio))` patches of each image with the lowest noise (paper, section 3.1).
-
-    Raises ValueError when no patch would be kept.
-    """
-    patches = noise.shape[1]
+def kept_patches(patches: int, mask_ratio: float) -> int:
+    """Patches of an image that are not dropped; raises ValueError when that is none."""
     keep = int(patches * (1 - mask_ratio))
-    if keep < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} keeps none of {patches} patches")
-    order = noise.argsort(dim=1)
-    kept = order[:, :keep]
+    if not 1 <= keep <= patches:
+        raise ValueError(f"mask_ratio={mask_ratio} keeps {keep} of {patches} patches")
+    return keep
+
+
+def random_patch_mask(noise: Float[Tensor, "b t"], mask_ratio: float) -> PatchMask:
+    """Keep the `kept_patches` patches of each image with the lowest noise (paper, section 3.1)."""
+    kept = noise.argsort(dim=1)[:, : kept_patches(noise.shape[1], mask_ratio)]
     dropped = torch.ones_like(noise, dtype=torch.bool).scatter(1, kept, False)
     return PatchMask(kept, dropped)
 
@@ -49,9 +49,7 @@ class Text(NamedTuple):
     mask: Bool[Tensor, "b l"] | None
 
 
-def null_caption(
-    states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None, dropped: Bool[Tensor, " b"]
-) -> Text:
+def null_caption(states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None, dropped: Bool[Tensor, " b"]) -> Text:
     """Replace the captions where `dropped` by the null caption: zeros and, with a mask, a single token of zeros."""
     states = states.masked_fill(dropped[:, None, None], 0.0)
     if mask is not None:
