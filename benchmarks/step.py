@@ -70,7 +70,13 @@ def measure(case: Case) -> dict[str, Any]:
     def batch() -> tuple[Tensor, ...]:
         latents, noise = torch.randn(2, count, config.in_channels, *config.latent_size, device=device)
         text = torch.randn(count, TEXT_LENGTH, TEXT_WIDTH, device=device)
-        return latents, noise, text, torch.randn(count, device=device), torch.rand(count, dit.num_patches, device=device)
+        return (
+            latents,
+            noise,
+            text,
+            torch.randn(count, device=device),
+            torch.rand(count, dit.num_patches, device=device),
+        )
 
     def step(batches: list[tuple[Tensor, ...]]) -> None:
         total = torch.zeros((), device=device)

@@ -206,20 +206,21 @@ PLURAL_HEADS = {"people", "men", "women"}
 SINGULAR_IN_S = {"bus", "minibus", "trolleybus", "cactus", "lotus", "hibiscus", "octopus", "rhinoceros", "hippopotamus",
                  "abacus", "plus", "minus", "fleur-de-lis"}  # fmt: skip
 BARE = {"star-struck", "dizzy", "dashing away", "nail polish", "palms up together", "breast-feeding", "ginger root",
-        "garlic", "broccoli", "coral", "bread", "baguette bread", "bacon", "meat on bone", "cooking", "fondue", "popcorn",
-        "butter", "salt", "canned food", "cooked rice", "curry rice", "spaghetti", "oden", "sushi", "shaved ice", "candy",
-        "sake", "pouring liquid", "bubble tea", "mate", "ice", "camping", "building construction", "wood", "kaaba", "foggy",
-        "sunrise over mountains", "sunrise", "sunset", "cityscape at dusk", "light rail", "construction", "luggage",
-        "milky way", "fog", "high voltage", "fire", "moon viewing ceremony", "softball", "american football",
-        "rugby football", "tennis", "bowling", "cricket game", "field hockey", "ice hockey", "lacrosse", "ping pong",
-        "badminton", "horse racing", "performing arts", "thread", "yarn", "lipstick", "money with wings", "dna", "soap",
-        "litter in bin sign", "potable water", "non-potable water", "passport control", "customs", "baggage claim",
-        "left luggage", "warning", "children crossing", "prohibited", "radioactive", "biohazard", "om", "wireless",
+        "garlic", "broccoli", "coral", "bread", "baguette bread", "bacon", "meat on bone", "cooking", "fondue",
+        "popcorn", "butter", "salt", "canned food", "cooked rice", "curry rice", "spaghetti", "oden", "sushi",
+        "shaved ice", "candy", "sake", "pouring liquid", "bubble tea", "mate", "ice", "camping",
+        "building construction", "wood", "kaaba", "foggy", "sunrise over mountains", "sunrise", "sunset",
+        "cityscape at dusk", "light rail", "construction", "luggage", "milky way", "fog", "high voltage", "fire",
+        "moon viewing ceremony", "softball", "american football", "rugby football", "tennis", "bowling",
+        "cricket game", "field hockey", "ice hockey", "lacrosse", "ping pong", "badminton", "horse racing",
+        "performing arts", "thread", "yarn", "lipstick", "money with wings", "dna", "soap", "litter in bin sign",
+        "potable water", "non-potable water", "passport control", "customs", "baggage claim", "left luggage",
+        "warning", "children crossing", "prohibited", "radioactive", "biohazard", "om", "wireless",
         "vibration mode", "multiply", "divide", "infinity", "currency exchange", "copyright", "registered",
         "information", "locked", "unlocked", "locked with pen", "locked with key", "ZZZ"}  # fmt: skip
-NO_ARTICLE_BEFORE = ("Santa", "Mrs.", "Mx", "Tokyo", "mount fuji", "Statue", "Aries", "Taurus", "Gemini", "Cancer", "Leo",
-                     "Virgo", "Libra", "Scorpio", "Sagittarius", "Capricorn", "Aquarius", "Pisces", "Ophiuchus", "no ",
-                     "input ", "rolling on", "head shaking", "hundred ", "two ")  # fmt: skip
+NO_ARTICLE_BEFORE = ("Santa", "Mrs.", "Mx", "Tokyo", "mount fuji", "Statue", "Aries", "Taurus", "Gemini", "Cancer",
+                     "Leo", "Virgo", "Libra", "Scorpio", "Sagittarius", "Capricorn", "Aquarius", "Pisces",
+                     "Ophiuchus", "no ", "input ", "rolling on", "head shaking", "hundred ", "two ")  # fmt: skip
 PREPOSITIONS = "with|without|of|in|on|at|for|from|over|behind|holding|pointing|showing|tilted|facing|fluttering"
 
 

@@ -139,7 +139,8 @@ def scaled(recipe: "Recipe", length: float) -> "Recipe":
         for stage in recipe.stages
     )
     shorter = replace(recipe, stages=stages)
-    intervals = {name: min(getattr(recipe, name), shorter.images) for name in ("log_every", "checkpoint_every")}
+    names = ("log_every", "checkpoint_every", "sample_every", "validate_every")
+    intervals = {name: min(getattr(recipe, name), shorter.images) for name in names}
     return replace(shorter, **intervals)
 
 

@@ -15,7 +15,7 @@ from micro_diffusion.runtime.files import UserError
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training: resolution, mask ratio, noise, learning rate, length. Every length counts images seen."""
+    """One stretch of training: resolution, mask ratio, noise, learning rate, length. Lengths count images seen."""
 
     name: str
     resolution: int
@@ -124,7 +124,7 @@ class Recipe:
         return self.log_every, self.checkpoint_every, self.sample_every, self.validate_every
 
     def stage_model(self, stage: Stage, *, downscale: int) -> DiTConfig:
-        """The model's configuration at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
+        """The model at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
         tile = downscale * self.model.patch_size
         if stage.resolution % tile:
             raise UserError(f"stage {stage.name!r}: resolution {stage.resolution} is not a multiple of {tile} pixels")
@@ -220,7 +220,9 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(parts) == len(value):
-            return tuple(_parse(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value)))
+            return tuple(
+                _parse(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value, strict=True))
+            )
     if origin is None and _fits(hint, value):
         return float(value) if hint is float else value
     expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))

@@ -22,7 +22,7 @@ class Ema:
 
 
 def follow(ema: Ema | None, dit: DiT, stage: Stage, *, images: int) -> Ema | None:
-    """The average after a step that ended `images` into the stage; it starts at the first step past ema_start_images."""
+    """The average after a step that ended `images` into the stage; it starts at the first one past ema_start_images."""
     if not stage.ema_halflife_images or images <= stage.ema_start_images:
         return ema
     if ema is None:

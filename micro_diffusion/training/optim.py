@@ -13,7 +13,7 @@ from micro_diffusion.training.config import Recipe, Stage
 
 
 def learning_rate(stage: Stage, images: int) -> float:
-    """Rate of the step that ends `images` into the stage: linear warm-up, then constant or a half cosine to the stage's end."""
+    """Rate of the step that ends `images` into the stage: linear warm-up, then constant or a half cosine to the end."""
     if images < stage.warmup_images:
         return stage.learning_rate * images / stage.warmup_images
     if stage.schedule == "constant":

@@ -21,7 +21,6 @@ from micro_diffusion.training.hooks import Hook, Moment, Row
 from micro_diffusion.training.loop import train
 from micro_diffusion.training.stages import State
 
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -101,7 +100,8 @@ def main(folder: Path, moment: str, images: int) -> None:
 
 def start(folder: Path, moment: str = "never", images: int = 0) -> int:
     command = [sys.executable, __file__, str(folder), moment, str(images)]
-    return subprocess.run(command, check=False, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}).returncode
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, check=False, env=environment).returncode
 
 
 @pytest.mark.slow

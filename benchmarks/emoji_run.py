@@ -1,0 +1,118 @@
+"""The real run: `python -m benchmarks.emoji_run --out DIR` trains the recipe `emoji` on the whole embedded split.
+
+Prepares the store (each drawing with varied copies), trains the four stages, draws held-out pairs and a table of
+subjects by styles at several guidance scales, and leaves pictures, curves and results.json. Run again, it goes on.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.step import machine
+from micro_diffusion.cli.generate import open_model
+from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.quickstart import compare, scaled
+from micro_diffusion.cli.train import override, train_recipe
+from micro_diffusion.data.records import Record, decode_image, resize_crop
+from micro_diffusion.data.sources.emoji import emoji_records
+from micro_diffusion.models.flops import parameters
+from micro_diffusion.models.model import LatentDiffusion
+from micro_diffusion.recipes.recipe import RECIPES
+from micro_diffusion.runtime.log import read_log
+from micro_diffusion.runtime.report import curve_svg, pairs_grid, pictures, png_bytes, table_grid
+from micro_diffusion.training.config import Recipe
+
+PAIRS, STEPS, SEED = 40, 30, 0
+STYLES = ("noto", "noto v1", "fluent flat", "fluent gradient", "fluent 3d", "twemoji", "emojione")
+SUBJECTS = ("a red apple", "a fox", "an octopus", "a sailboat", "a birthday cake", "a robot", "a castle")
+
+
+def true_picture(record: Record) -> Image.Image:
+    """The drawing as training sees it."""
+    return Image.fromarray(resize_crop(decode_image(record), 128))
+
+
+def draw(model: LatentDiffusion, prompts: list[str], guidance: float) -> list[Image.Image]:
+    """One picture a prompt, seeds in order."""
+    images = model.generate(prompts, num_inference_steps=STEPS, guidance_scale=guidance, seed=SEED, batch_size=64)
+    return pictures(images)
+
+
+def curves(run: Path, recipe: Recipe) -> dict[str, str]:
+    """Training and validation loss over images seen, as SVG."""
+    rows = read_log(run / "log.jsonl")
+    marks = [(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)]
+    lines = {
+        "training": [(row["images"], row["loss"]) for row in rows if row["loss"]],
+        "held-out, no mask": [(row["images"], row["validation"]) for row in rows if "validation" in row],
+    }
+    return {"loss.svg": curve_svg(lines, title="Loss", x_label="images seen", y_label="loss", marks=marks)}
+
+
+def speeds(run: Path, recipe: Recipe) -> dict[str, float]:
+    """Median images a second of each stage's log rows (the first row of a stage compiles)."""
+    found: dict[str, list[float]] = {stage.name: [] for stage in recipe.stages}
+    for row in read_log(run / "log.jsonl"):
+        found[row["stage"]].append(row["images_per_second"])
+    return {name: sorted(values)[len(values) // 2] for name, values in found.items() if values}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--autoencoder", default="embedded")
+    parser.add_argument("--augment", type=int, default=15, help="varied copies of each drawing")
+    parser.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
+    parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe, as in micro-diffusion train")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0, 5.0])
+    args = parser.parse_args()
+    recipe = override(scaled(RECIPES["emoji"](), args.length), args.set)
+    recipe = replace(recipe, autoencoder=args.autoencoder)
+    store, run, started = args.out / "store", args.out / "run", time.monotonic()
+    Prepare("emoji", store, augment=args.augment, autoencoder=args.autoencoder, device=args.device, batch_size=256)()
+    prepared = time.monotonic()
+    train_recipe(recipe, [store], run, device=args.device)
+    trained = time.monotonic()
+
+    model = open_model(run, device=args.device)
+    held_out = list(emoji_records(split="held_out_pair"))
+    shown = [held_out[i * len(held_out) // PAIRS] for i in range(PAIRS)]
+    seen = list(emoji_records(split="train"))
+    seen = [seen[i * len(seen) // PAIRS] for i in range(PAIRS)]
+    results: dict[str, Any] = {
+        "machine": machine(model.device.type),
+        "recipe": json.loads(recipe.to_json()),
+        "parameters": parameters(recipe.model)._asdict(),
+        "seconds": {"prepare": prepared - started, "train": trained - prepared},
+        "images_per_second": speeds(run, recipe),
+        "images": recipe.images,
+        "sampling": f"{STEPS} Heun steps, seed {SEED}",
+        "nearest_is_own": {},
+    }
+    for guidance in args.guidance:
+        for name, records in (("held-out", shown), ("trained", seen)):
+            prompts = [str(record.captions[0].text) for record in records]
+            drawn, true = draw(model, prompts, guidance), [true_picture(record) for record in records]
+            (args.out / f"{name}-{guidance:g}.png").write_bytes(png_bytes(pairs_grid(drawn, true, prompts)))
+            nearest, _ = compare(drawn, true)
+            own = sum(i == n for i, n in enumerate(nearest)) / PAIRS
+            results["nearest_is_own"][f"{name}, guidance {guidance:g}"] = own
+        prompts = [f"{subject}, in {style} style" for subject in SUBJECTS for style in STYLES]
+        drawn = draw(model, prompts, guidance)
+        rows = [drawn[i : i + len(STYLES)] for i in range(0, len(drawn), len(STYLES))]
+        (args.out / f"styles-{guidance:g}.png").write_bytes(png_bytes(table_grid(rows, SUBJECTS, STYLES)))
+    for name, svg in curves(run, recipe).items():
+        (args.out / name).write_text(svg)
+    results["seconds"]["draw"] = time.monotonic() - trained
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps({key: value for key, value in results.items() if key != "recipe"}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
