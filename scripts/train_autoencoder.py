@@ -29,6 +29,7 @@ EMOJI = Path(micro_diffusion.embedded.__path__[0], "emoji.parquet")
 PEAK_RATE, WARMUP, BETAS, WEIGHT_DECAY = 2e-3, 0.02, (0.9, 0.99), 1e-4
 SSIM_WEIGHT, LOG_WEIGHT, KL_WEIGHT = 0.1, 0.02, 1e-4
 CLIP = 1.0
+WARM_STEPS = 20
 
 
 def build(widths: tuple[int, ...], layers: int) -> AutoencoderKL:
@@ -155,7 +156,7 @@ def train(model: AutoencoderKL, data: Tensor, check: Tensor, args: argparse.Name
     device = torch.device(args.device)
     data = data.to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -165,15 +166,17 @@ def train(model: AutoencoderKL, data: Tensor, check: Tensor, args: argparse.Name
 
     run = torch.compile(forward) if args.compile else forward
     started, step, printed = time.monotonic(), 0, 0.0
-    while (elapsed := time.monotonic() - started) < args.seconds:
+    while (elapsed := time.monotonic() - started) < args.seconds or step < WARM_STEPS:
+        if step == WARM_STEPS:  # compilation is not training
+            started, elapsed = time.monotonic(), 0.0
         chosen = torch.randint(len(data), (args.batch_size,), device=device, generator=generator)
         x = data[chosen].float() / 255
         x = torch.cat([x[: len(x) // 2], vary(x[len(x) // 2 :], generator)])
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device, generator=generator) < 0.5, x.flip(3), x)
         x = (x * 2 - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
-        done = elapsed / args.seconds
+        done = elapsed / args.seconds if step >= WARM_STEPS else 0.0
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, done / WARMUP, 1.0) * (0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = PEAK_RATE * min(1.0, done / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done))
         out, mean, logvar = run(x)
         terms = loss_terms(out, x, mean, logvar)
         torch.stack(list(terms.values())).sum().backward()
@@ -181,9 +184,7 @@ def train(model: AutoencoderKL, data: Tensor, check: Tensor, args: argparse.Name
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        if step == 20:
-            started = time.monotonic()  # compilation is not training
-        if elapsed - printed > args.every:
+        if done and elapsed - printed > args.every:
             printed = elapsed
             shown = "  ".join(f"{name} {value.item():.4f}" for name, value in terms.items())
             print(f"{elapsed:5.0f} s  {step * args.batch_size:9,} images  {psnr(model, check).mean():.2f} dB  {shown}",
@@ -196,8 +197,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the autoencoder, report.json and grid.png")
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--batch-size", type=int, default=96)
-    parser.add_argument("--widths", type=int, nargs="+", default=[24, 64, 96, 120])
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 48, 96, 120])
     parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--data", type=Path, default=EMOJI, help="a table of pictures with their splits")
     parser.add_argument("--unseen", type=Path, help="a table of pictures in a style that is not embedded")
     parser.add_argument("--limit", type=int, help="so many training pictures (to rehearse)")
     parser.add_argument("--every", type=float, default=15, help="seconds between two lines")
@@ -207,7 +209,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    data, held_out = read(EMOJI, split="train", limit=args.limit), read(EMOJI, split="held_out_concept")
+    data, held_out = read(args.data, split="train", limit=args.limit), read(args.data, split="held_out_concept")
     model = build(tuple(args.widths), args.layers).to(args.device, memory_format=torch.channels_last)  # type: ignore
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} pictures", flush=True)
     images = train(model, data, held_out[:: max(1, len(held_out) // 128)], args)
