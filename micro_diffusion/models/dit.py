@@ -62,8 +62,6 @@ class DiTConfig:
             object.__setattr__(self, field, tuple(getattr(self, field)))
             if len(getattr(self, field)) != self.depth:
                 raise ValueError(f"{field} has {len(getattr(self, field))} numbers for {self.depth} blocks")
-        if isinstance(self.input_size, list):
-            object.__setattr__(self, "input_size", tuple(self.input_size))
         if any(side % self.patch_size for side in self.latent_size):
             raise ValueError(f"latents of {self.latent_size} do not divide into patches of {self.patch_size}")
         if self.dim % self.head_dim or (self.use_patch_mixer and self.patch_mixer_dim % self.head_dim):
