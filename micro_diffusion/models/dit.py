@@ -196,7 +196,7 @@ class DiT(nn.Module):
     ) -> Prediction:
         """Predict the raw network output F(x).
 
-        `mask_noise` ranks the patches when `mask_ratio` > 0 (fresh uniform noise if None); dropped patches come back as
+        `mask_noise` ranks the patches when `mask_ratio` is not 0 (fresh uniform noise if None); dropped patches come back as
         zeros. With `text_mask="none"` in the configuration every text position counts and `text_mask` is not used.
         """
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
@@ -208,7 +208,7 @@ class DiT(nn.Module):
             patches = block(patches, encoded.mixer_tokens, cond, encoded.mask)
 
         mask = None
-        if mask_ratio > 0:
+        if mask_ratio != 0:
             noise = torch.rand(patches.shape[:2], device=x.device) if mask_noise is None else mask_noise
             mask = random_patch_mask(noise, mask_ratio)
             patches = gather_patches(patches, mask.kept)
