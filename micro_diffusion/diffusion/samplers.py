@@ -15,7 +15,11 @@ from torch import Tensor
 Latents = Float[Tensor, "b c h w"]
 Levels = Float[Tensor, " levels"]
 Denoiser = Callable[[Latents, Float[Tensor, " b"]], Latents]
-"""D(x; level), an estimate of the clean latents. Called in float32 with the same level for all images."""
+"""D(x; level), an estimate of the clean latents. Called in the state's dtype with the same level for all images.
+
+The network inside may run in less; what an objective makes of its answer should not: at small levels that answer is a
+small part of D, and float32 would lose digits that guidance and division by the level then magnify.
+"""
 
 Alpha = Callable[[Levels], Levels]
 """Share of the clean latents at each noise level: an objective's `alpha`."""
@@ -75,8 +79,7 @@ def _slope(denoise: Denoiser, state: Latents, level: float) -> Latents:
 
 
 def _evaluate(denoise: Denoiser, state: Latents, level: float) -> Latents:
-    levels = torch.full((len(state),), level, dtype=torch.float32, device=state.device)
-    return denoise(state.float(), levels).to(state.dtype)
+    return denoise(state, torch.full((len(state),), level, dtype=state.dtype, device=state.device)).to(state.dtype)
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}

@@ -62,8 +62,6 @@ class DiTConfig:
             object.__setattr__(self, field, tuple(getattr(self, field)))
             if len(getattr(self, field)) != self.depth:
                 raise ValueError(f"{field} has {len(getattr(self, field))} numbers for {self.depth} blocks")
-        if isinstance(self.input_size, list):
-            object.__setattr__(self, "input_size", tuple(self.input_size))
         if any(side % self.patch_size for side in self.latent_size):
             raise ValueError(f"latents of {self.latent_size} do not divide into patches of {self.patch_size}")
         if self.dim % self.head_dim or (self.use_patch_mixer and self.patch_mixer_dim % self.head_dim):
@@ -198,7 +196,7 @@ class DiT(nn.Module):
     ) -> Prediction:
         """Predict the raw network output F(x).
 
-        `mask_noise` ranks the patches when `mask_ratio` > 0 (fresh uniform noise if None); dropped patches come back as
+        `mask_noise` ranks the patches when `mask_ratio` is not 0 (fresh uniform noise if None); dropped patches come back as
         zeros. With `text_mask="none"` in the configuration every text position counts and `text_mask` is not used.
         """
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
@@ -210,7 +208,7 @@ class DiT(nn.Module):
             patches = block(patches, encoded.mixer_tokens, cond, encoded.mask)
 
         mask = None
-        if mask_ratio > 0:
+        if mask_ratio != 0:
             noise = torch.rand(patches.shape[:2], device=x.device) if mask_noise is None else mask_noise
             mask = random_patch_mask(noise, mask_ratio)
             patches = gather_patches(patches, mask.kept)

@@ -266,6 +266,7 @@ def text_network(
         encoded = dit.encode_text(text.states, text.mask)
 
     def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
+        x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64
         with autocast(device, precision):
             return dit(x, noise_label, encoded, mask_ratio=mask_ratio, mask_noise=mask_noise if mask_ratio else None)
 
