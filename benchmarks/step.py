@@ -16,12 +16,12 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from benchmarks.one_hot import use_one_hot
+from benchmarks.one_hot import use_one_hot_experts
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.flops import forward_flops
@@ -60,11 +60,11 @@ def measure(case: Case) -> dict[str, Any]:
     with torch.device(device):
         dit = DiT(config)
     if case.one_hot:
-        use_one_hot(dit)
+        use_one_hot_experts(dit)
     stage = Stage("benchmark", resolution=8 * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
                   learning_rate=1e-4, mask_ratio=case.mask_ratio)  # fmt: skip
     optimizer = make_optimizer(dit.parameters(), Recipe("benchmark", config, (stage,)))
-    network_module = torch.compile(dit, dynamic=False, fullgraph=True) if case.compile else dit
+    network_module = cast(DiT, torch.compile(dit, dynamic=False, fullgraph=True)) if case.compile else dit
     count, objective, precision = case.micro_batch, EDM(), "bf16" if gpu else "float32"
 
     def batch() -> tuple[Tensor, ...]:

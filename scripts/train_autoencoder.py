@@ -210,7 +210,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     data, held_out = read(args.data, split="train", limit=args.limit), read(args.data, split="held_out_concept")
-    model = build(tuple(args.widths), args.layers).to(args.device, memory_format=torch.channels_last)  # type: ignore
+    model = build(tuple(args.widths), args.layers).to(args.device, memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} pictures", flush=True)
     images = train(model, data, held_out[:: max(1, len(held_out) // 128)], args)
 

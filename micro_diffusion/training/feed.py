@@ -1,7 +1,7 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -37,14 +37,14 @@ class Examples(NamedTuple):
 
 def feed(
     loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
-) -> Iterator[Examples]:
+) -> Generator[Examples, None, None]:
     """The batches between two positions of the run, prepared ahead of the device where it is not the CPU itself."""
     pin = device.type == "cuda"
     drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
     for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
-        text, text_mask = null_caption(here.text, here.text_mask, here.caption_dropped)
-        yield here._replace(text=text, text_mask=text_mask)
+        text, mask = null_caption(here.text, here.text_mask, here.caption_dropped)
+        yield here._replace(text=text, text_mask=here.text_mask if mask is None else mask)
 
 
 def conditioned(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -61,13 +61,13 @@ def train(
         hooks = (Validation(validation, recipe), *hooks)
     meter = Meter(recipe, downscale=downscale, device=device)
     with contextlib.ExitStack() as stack:
-        for resource in (log, *hooks):
-            stack.callback(resource.close)
+        for close in (log.close, *(hook.close for hook in hooks)):
+            stack.callback(close)
         received = stack.enter_context(_signals())
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
             objective, patch_size = recipe.make_objective(stage), recipe.model.patch_size
-            dit = torch.compile(state.dit, dynamic=False) if recipe.compile else state.dit
+            dit = cast(DiT, torch.compile(state.dit, dynamic=False)) if recipe.compile else state.dit
             batches = feed(
                 loaders[stage.resolution], recipe, stage,
                 patches=state.dit.num_patches, start=state.images, stop=end, device=device,

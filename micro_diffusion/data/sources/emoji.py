@@ -19,9 +19,9 @@ FILE = "emoji.parquet"
 SPLITS = ("train", "held_out_pair", "held_out_concept")
 # Concepts and styles of the training split that a small model can learn by heart in minutes.
 QUICKSTART = """
-    red apple, strawberry, watermelon, pineapple, carrot, mushroom, pizza, hamburger, doughnut, birthday cake, cat face,
-    fox, panda, frog, octopus, butterfly, lady beetle, sunflower, cactus, Christmas tree, rocket, sailboat, locomotive,
-    house, castle, soccer ball, guitar, crown, red heart, star, rainbow, jack-o-lantern, robot, ghost, snowman
+    red apple, strawberry, watermelon, pineapple, carrot, mushroom, pizza, hamburger, birthday cake, cat face, fox,
+    panda, frog, octopus, butterfly, lady beetle, sunflower, cactus, Christmas tree, rocket, sailboat, locomotive,
+    house, castle, soccer ball, guitar, crown, red heart, star, jack-o-lantern, robot, ghost
 """
 SUBSETS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     "quickstart": (

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageChops, ImageOps
 
 from micro_diffusion.data.records import Record, decode_image
-from micro_diffusion.data.sources.emoji import SPLITS, emoji_records, emoji_table
+from micro_diffusion.data.sources.emoji import SPLITS, SUBSETS, emoji_records, emoji_table
 from micro_diffusion.runtime.files import UserError
 
 
@@ -61,35 +61,40 @@ def test_records_of_a_split_and_of_a_subset(table: list[dict[str, Any]]) -> None
     assert len({record.captions[0].text for record in quick}) == len(quick)
 
 
-def test_copies_are_moved_and_scaled_and_always_the_same() -> None:
-    once, again = (list(emoji_records(subset="quickstart", augment=3)) for _ in range(2))
-    plain = list(emoji_records(subset="quickstart"))
-    assert len(once) == 4 * len(plain) and len({record.key for record in once}) == len(once)
-    for record, same in zip(once[:80], again[:80], strict=True):
-        assert (np.asarray(decode_image(record)) == np.asarray(decode_image(same))).all()
-    for original, *copies in zip(once[:80:4], once[1:80:4], once[2:80:4], strict=False):
-        ink = [
-            255.0 * 128 * 128 * 3 - np.asarray(decode_image(record), np.float64).sum() for record in (original, *copies)
-        ]
-        for copy, dark in zip(copies, ink[1:], strict=True):
-            assert copy.captions[0] in original.captions and copy.key.startswith(original.key)
-            assert 0.8**2 * 0.98 < dark / ink[0] < 1.02  # nothing is cut off: only the area shrinks
+def drawing(record: Record) -> Image.Image:
+    """What is not white, at a common size."""
+    picture = decode_image(record)
+    ink = ImageChops.invert(picture).convert("L").point(lambda level: 255 * (level > 8))
+    return picture.crop(ink.getbbox()).resize((32, 32))
 
 
-def test_copies_are_mirrored_unless_that_would_make_them_wrong() -> None:
-    def drawing(record: Record) -> Image.Image:
-        """What is not white, at a common size."""
-        picture = decode_image(record)
-        return picture.crop(
-            ImageChops.invert(picture).convert("L").point(lambda ink: ink > 8 and 255).getbbox()
-        ).resize((32, 32))
+def distance(a: Image.Image, b: Image.Image) -> int:
+    return int(np.abs(np.asarray(a, np.int64) - np.asarray(b, np.int64)).sum())
 
-    def distance(a: Image.Image, b: Image.Image) -> int:
-        return int(np.abs(np.asarray(a, np.int64) - np.asarray(b, np.int64)).sum())
 
+def ink(record: Record) -> float:
+    return float((255 - np.asarray(decode_image(record), np.float64)).sum())
+
+
+def copies_of(concept: str, style: str, monkeypatch: pytest.MonkeyPatch) -> list[Record]:
+    """The drawing and twelve copies."""
+    monkeypatch.setitem(SUBSETS, "one", (frozenset({concept}), frozenset({style})))
+    return list(emoji_records(subset="one", augment=12))
+
+
+def test_copies_are_moved_and_scaled_and_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, *copies = copies_of("fox", "noto", monkeypatch)
+    again = copies_of("fox", "noto", monkeypatch)[1:]
+    assert len({copy.key for copy in copies} | {original.key}) == 13
+    for copy, same in zip(copies, again, strict=True):
+        assert distance(decode_image(copy), decode_image(same)) == 0
+        assert copy.captions[0] in original.captions and copy.key.startswith(original.key) and copy.split == "train"
+        assert 0.8**2 * 0.98 < ink(copy) / ink(original) < 1.02  # nothing is cut off: only the area shrinks
+
+
+def test_copies_are_mirrored_unless_that_would_make_them_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def mirrored(concept: str) -> set[bool]:
-        records = [record for record in emoji_records(augment=6) if record.key.startswith(f"twemoji/{concept}")][:7]
-        own, *copies = map(drawing, records)
+        own, *copies = map(drawing, copies_of(concept, "twemoji", monkeypatch))
         return {distance(copy, ImageOps.mirror(own)) < distance(copy, own) for copy in copies}
 
     assert mirrored("guitar") == mirrored("rabbit") == {True, False}
