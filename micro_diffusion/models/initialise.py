@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 from torch.nn.init import normal_, trunc_normal_, xavier_uniform_, zeros_
@@ -21,25 +21,24 @@ def initialise(dit: DiT) -> None:
     for module in dit.modules():
         if isinstance(module, nn.Linear):
             xavier_uniform_(module.weight)
-            if module.bias is not None:
-                zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            zeros_(module.bias)
     xavier_uniform_(dit.x_embedder.proj.weight.view(dit.config.dim, -1))
-    zeros_(dit.x_embedder.proj.bias)
     for perceptron in (dit.t_embedder.mlp, dit.y_embedder, dit.pooled_y_emb_process):
         for module in perceptron.modules():
             if isinstance(module, nn.Linear):
                 normal_(module.weight, std=STD)
     for block in dit.patch_mixer:
-        _initialise_block(block, STD / (2 * dit.config.depth) ** 0.5)
+        _initialise_block(cast("Block", block), STD / (2 * dit.config.depth) ** 0.5)
     for index, block in enumerate(dit.blocks):
         depth = index + 1 if dit.config.depth_init else dit.config.depth
-        _initialise_block(block, STD / (2 * depth) ** 0.5)
+        _initialise_block(cast("Block", block), STD / (2 * depth) ** 0.5)
     refiner = dit.y_emb_preprocess
     for layer in (refiner.attn.proj, refiner.mlp.w3, dit.final_layer.linear):
         zeros_(layer.weight)
     for module in dit.modules():
         if isinstance(module, Modulation):
-            zeros_(module[1].weight)
+            zeros_(module.get_parameter("1.weight"))
 
 
 def _initialise_block(block: Block, output_std: float) -> None:
