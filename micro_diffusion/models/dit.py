@@ -196,8 +196,8 @@ class DiT(nn.Module):
     ) -> Prediction:
         """Predict the raw network output F(x).
 
-        `mask_noise` ranks the patches when `mask_ratio` is not 0 (fresh uniform noise if None); dropped patches come
-        back as zeros. With `text_mask="none"` in the configuration every text position counts, whatever `text_mask`.
+        `mask_noise` ranks the patches unless `mask_ratio` is 0 (fresh uniform noise if None); dropped patches come back
+        as zeros. With `text_mask="none"` in the configuration every text position counts and `text_mask` is not used.
         """
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
         cond = self.t_embedder(noise_label) + encoded.pooled

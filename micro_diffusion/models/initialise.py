@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.init import normal_, trunc_normal_, xavier_uniform_, zeros_
 
 from micro_diffusion.models.layers import Modulation, SwiGLU
@@ -21,10 +21,9 @@ def initialise(dit: DiT) -> None:
     for module in dit.modules():
         if isinstance(module, nn.Linear):
             xavier_uniform_(module.weight)
-            if module.bias is not None:
-                zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            zeros_(module.bias)
     xavier_uniform_(dit.x_embedder.proj.weight.view(dit.config.dim, -1))
-    zeros_(cast(Tensor, dit.x_embedder.proj.bias))
     for perceptron in (dit.t_embedder.mlp, dit.y_embedder, dit.pooled_y_emb_process):
         for module in perceptron.modules():
             if isinstance(module, nn.Linear):
@@ -39,7 +38,7 @@ def initialise(dit: DiT) -> None:
         zeros_(layer.weight)
     for module in dit.modules():
         if isinstance(module, Modulation):
-            zeros_(cast(nn.Linear, module[1]).weight)
+            zeros_(module.get_parameter("1.weight"))
 
 
 def _initialise_block(block: Block, output_std: float) -> None:
