@@ -6,23 +6,29 @@ subjects by styles at several guidance scales, and leaves pictures, curves and r
 
 import argparse
 import json
+import multiprocessing
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from benchmarks.step import machine
 from micro_diffusion.cli.generate import open_model
-from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.prepare import store_info
 from micro_diffusion.cli.quickstart import compare, scaled
 from micro_diffusion.cli.train import override, train_recipe
+from micro_diffusion.data.prepare import prepare
 from micro_diffusion.data.records import Record, decode_image, resize_crop
 from micro_diffusion.data.sources.emoji import emoji_records
+from micro_diffusion.models.autoencoders import load_autoencoder
 from micro_diffusion.models.flops import parameters
 from micro_diffusion.models.model import LatentDiffusion
+from micro_diffusion.models.text_encoders import load_text_encoder
 from micro_diffusion.recipes.recipe import RECIPES
+from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.log import read_log
 from micro_diffusion.runtime.report import curve_svg, pairs_grid, pictures, png_bytes, table_grid
 from micro_diffusion.training.config import Recipe
@@ -35,6 +41,21 @@ SUBJECTS = ("a red apple", "a fox", "an octopus", "a sailboat", "a birthday cake
 def true_picture(record: Record) -> Image.Image:
     """The drawing as training sees it."""
     return Image.fromarray(resize_crop(decode_image(record), 128))
+
+
+def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
+    """Every n-th drawing with its copies."""
+    torch.set_num_threads(1 if args.shards > 1 else torch.get_num_threads())
+    device = pick_device(args.device)
+    autoencoder, text_encoder = load_autoencoder(args.autoencoder, device=device), load_text_encoder(device=device)
+    records = emoji_records(augment=args.augment)
+    group = args.augment + 1
+    mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
+    prepare(
+        mine, out, resolutions=(64, 128), encode_images=autoencoder.encode, encode_text=text_encoder.encode,
+        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"), batch_size=256,
+    )  # fmt: skip
+    print(f"{out} is prepared", flush=True)
 
 
 def draw(model: LatentDiffusion, prompts: list[str], guidance: float) -> list[Image.Image]:
@@ -68,16 +89,19 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--autoencoder", default="embedded")
     parser.add_argument("--augment", type=int, default=15, help="varied copies of each drawing")
+    parser.add_argument("--shards", type=int, default=1, help="processes that prepare, each a store of its own")
     parser.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe, as in micro-diffusion train")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0, 5.0])
     args = parser.parse_args()
     recipe = override(scaled(RECIPES["emoji"](), args.length), args.set)
     recipe = replace(recipe, autoencoder=args.autoencoder)
-    store, run, started = args.out / "store", args.out / "run", time.monotonic()
-    Prepare("emoji", store, augment=args.augment, autoencoder=args.autoencoder, device=args.device, batch_size=256)()
+    run, started = args.out / "run", time.monotonic()
+    stores = [args.out / f"store-{shard}" for shard in range(args.shards)]
+    with multiprocessing.get_context("spawn").Pool(args.shards) as pool:
+        pool.starmap(prepare_shard, [(store, shard, args) for shard, store in enumerate(stores)])
     prepared = time.monotonic()
-    train_recipe(recipe, [store], run, device=args.device)
+    train_recipe(recipe, stores, run, device=args.device)
     trained = time.monotonic()
 
     model = open_model(run, device=args.device)

@@ -1,6 +1,6 @@
 """Train the embedded autoencoder: `python scripts/train_autoencoder.py --out DIR --seconds 300` on one GPU.
 
-It sees the training split of the embedded drawings only, half of the time as they are and half of the time varied:
+It sees the training split of the embedded drawings only, as they are and varied:
 cropped, turned, recoloured, laid over each other, outlined. Written in diffusers format with float16 weights, the
 scaling factor measured on the training split. Reported: PSNR on held-out concepts, and on a style that it never saw
 (`--unseen FILE`, made by `build_emoji.py --openmoji FILE`).
@@ -78,7 +78,7 @@ def vary(x: Tensor, generator: torch.Generator) -> Tensor:
     steps = F.max_pool2d(x, 3, 1, 1) + F.max_pool2d(-x, 3, 1, 1)
     outline = (steps.amax(1, keepdim=True) > 0.12).float()
     thick = torch.where(draw(1, 1, 1) < 0.5, F.max_pool2d(outline, 3, 1, 1), outline)
-    return some(0.25, x * (1 - thick) + thick * 0.25 * draw(3, 1, 1))
+    return some(0.4, x * (1 - thick) + thick * 0.25 * draw(3, 1, 1))
 
 
 def move(x: Tensor, *, zoom: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
@@ -156,7 +156,7 @@ def train(model: AutoencoderKL, data: Tensor, check: Tensor, args: argparse.Name
     device = torch.device(args.device)
     data = data.to(device)
     generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(device.type, torch.bfloat16):
@@ -171,12 +171,13 @@ def train(model: AutoencoderKL, data: Tensor, check: Tensor, args: argparse.Name
             started, elapsed = time.monotonic(), 0.0
         chosen = torch.randint(len(data), (args.batch_size,), device=device, generator=generator)
         x = data[chosen].float() / 255
-        x = torch.cat([x[: len(x) // 2], vary(x[len(x) // 2 :], generator)])
+        plain = round(len(x) * (1 - args.varied))
+        x = torch.cat([x[:plain], vary(x[plain:], generator)])
         x = torch.where(torch.rand(len(x), 1, 1, 1, device=device, generator=generator) < 0.5, x.flip(3), x)
         x = (x * 2 - 1).clamp(-1, 1).contiguous(memory_format=torch.channels_last)
         done = elapsed / args.seconds if step >= WARM_STEPS else 0.0
         for group in optimizer.param_groups:
-            group["lr"] = PEAK_RATE * min(1.0, done / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done))
+            group["lr"] = args.rate * min(1.0, done / WARMUP) * (0.5 + 0.5 * math.cos(math.pi * done))
         out, mean, logvar = run(x)
         terms = loss_terms(out, x, mean, logvar)
         torch.stack(list(terms.values())).sum().backward()
@@ -200,6 +201,9 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 48, 96, 120])
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--data", type=Path, default=EMOJI, help="a table of pictures with their splits")
+    parser.add_argument("--start", type=Path, help="go on from this folder's autoencoder")
+    parser.add_argument("--rate", type=float, default=PEAK_RATE, help="highest learning rate")
+    parser.add_argument("--varied", type=float, default=0.6, help="share of the pictures that are varied")
     parser.add_argument("--unseen", type=Path, help="a table of pictures in a style that is not embedded")
     parser.add_argument("--limit", type=int, help="so many training pictures (to rehearse)")
     parser.add_argument("--every", type=float, default=15, help="seconds between two lines")
@@ -210,7 +214,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     data, held_out = read(args.data, split="train", limit=args.limit), read(args.data, split="held_out_concept")
-    model = build(tuple(args.widths), args.layers).to(args.device, memory_format=torch.channels_last)
+    model = AutoencoderKL.from_pretrained(args.start) if args.start else build(tuple(args.widths), args.layers)
+    model = model.float().to(args.device, memory_format=torch.channels_last)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data)} pictures", flush=True)
     images = train(model, data, held_out[:: max(1, len(held_out) // 128)], args)
 
