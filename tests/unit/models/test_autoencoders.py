@@ -80,8 +80,8 @@ def test_bad_folders_get_one_sentence(folder: Path, tmp_path: Path, monkeypatch:
         load_autoencoder(str(folder))
 
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderDC"}))
-    with pytest.raises(UserError, match="AutoencoderDC"):
+    (folder / "config.json").write_text(json.dumps(config | {"_class_name": "VQModel"}))
+    with pytest.raises(UserError, match="holds a VQModel"):
         load_autoencoder(str(folder))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_parts import write_text_encoder
-from transformers import T5Config
+from transformers import BartConfig
 
 from micro_diffusion.models import text_encoders
 from micro_diffusion.models.text_encoders import (
@@ -93,7 +93,7 @@ def test_folder_variable_is_the_embedded_encoder_with_its_own_hash(bert: Path, m
 
 def test_changed_embedded_weights_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    monkeypatch.setattr(text_encoders, "_folder", lambda name: bert)
+    monkeypatch.setattr(text_encoders, "_folders", lambda name: (bert, bert))
     with pytest.raises(UserError, match="damaged .* pip install"):
         load_text_encoder("embedded")
 
@@ -130,8 +130,8 @@ def test_bad_folders_get_one_sentence(bert: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks weights .*word_embeddings"):
         load_text_encoder(str(lacking))
 
-    T5Config().save_pretrained(bert)
-    with pytest.raises(UserError, match="t5 model"):
+    BartConfig().save_pretrained(bert)
+    with pytest.raises(UserError, match="bart model"):
         load_text_encoder(str(bert))
 
 
