@@ -91,7 +91,7 @@ def rehearse(folder: Path, device: torch.device, *, tiny: bool, note: Callable[.
         note(load_text_encoder_s=seconds)
     else:
         features = random_text(len(PROMPTS), device)
-        model.encode_prompts = lambda prompts, mask=None: features  # type: ignore[method-assign, assignment]
+        model.encode_prompts = lambda prompts, mask=None: features
     if autoencoder:
         _, seconds = timed(lambda: model.vae)
         note(load_autoencoder_s=seconds)
