@@ -1,12 +1,19 @@
 """Small random models in the on-disk formats of the published ones, and a hub cache to find them in."""
 
+import collections
+import datetime
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
+
+from micro_diffusion.models.dit import DiT, DiTConfig
+from micro_diffusion.models.presets import preset
 
 BYTES = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 
@@ -58,7 +65,7 @@ def write_dc_ae(folder: Path) -> Any:
         lambda: AutoencoderDC(
             latent_channels=32, attention_head_dim=4, scaling_factor=0.41407,
             encoder_block_types="ResBlock", decoder_block_types="ResBlock",
-            encoder_block_out_channels=(8,) * 6, decoder_block_out_channels=(8,) * 6,
+            encoder_block_out_channels=(32,) * 6, decoder_block_out_channels=(32,) * 6,
             encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6,
             encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
             decoder_norm_types="rms_norm", decoder_act_fns="silu",
@@ -183,3 +190,45 @@ def write_causal(folder: Path, *, kind: str) -> Any:
     whole.save_pretrained(folder)
     write_word_tokenizer(folder, pad=None if kind == "qwen3" else "<pad>")
     return whole.model
+
+
+def tiny_preset(
+    *, input_size: int = 8, in_channels: int = 4, caption_channels: int = 16, pos_interp_scale: float = 1.0,
+    text_mask: Literal["none", "padding"] = "none",
+) -> DiTConfig:  # fmt: skip
+    """A model size for `PRESETS`, so that files of this size are recognised."""
+    return preset(
+        dim=32, depth=2, mixer_dim=32, mixer_depth=1, head_dim=16, patch_size=2, multiple_of=16, num_experts=2,
+        input_size=input_size, in_channels=in_channels, caption_channels=caption_channels,
+        pos_interp_scale=pos_interp_scale, text_mask=text_mask,
+    )  # fmt: skip
+
+
+def write_official(path: Path, config: DiTConfig) -> DiT:
+    """A released file: a flat state dict."""
+    dit: DiT = seeded(lambda: DiT(config))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dit.state_dict(), path)
+    return dit
+
+
+def write_composer(path: Path, config: DiTConfig) -> DiT:
+    """A training checkpoint as Composer writes it: the whole model among times, random states and an optimizer."""
+    dit: DiT = seeded(lambda: DiT(config))
+    weights = {f"dit.{name}": tensor for name, tensor in dit.state_dict().items()}
+    beside = {
+        "vae.encoder.conv_in.weight": torch.zeros(2),
+        "text_encoder.encoder.clip_model.logit_scale": torch.ones(()),
+    }
+    timestamp = {"epoch": 1, "batch": 10, "total_wct": datetime.timedelta(seconds=5)}
+    content = {
+        "state": {
+            "model": collections.OrderedDict(weights | beside),
+            "optimizers": {"AdamW": {"state": {}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.999)}]}},
+            "timestamp": {"Timestamp": timestamp},
+            "run_name": "example",
+        },
+        "rng": [{"python": random.Random(0).getstate(), "numpy": np.random.RandomState(0).get_state(), "torch": torch.get_rng_state()}],
+    }  # fmt: skip
+    torch.save(content, path)
+    return dit

@@ -93,7 +93,7 @@ def _find(name: str) -> Path:
     path = Path(name)
     if path.exists():
         return path
-    file = path.name if path.suffix else f"{path.name}.pt"
+    file = path.name if path.name in RELEASED else f"{path.name}.pt"
     repository = name.removesuffix(path.name).rstrip("/")
     if file in RELEASED and repository in ("", HUB):
         return hub_file(HUB, file)
@@ -168,20 +168,19 @@ def config_from_shapes(weights: Mapping[str, Tensor], *, where: str) -> DiTConfi
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     side = math.isqrt(positions.shape[1])
     # the second patch is one column on: its first channel is sin(1 / scale)
-    scale = round(1 / math.asin(min(1.0, max(1e-3, positions[0, 1, 0].item()))), 3) if side > 1 else 1.0
-    for make in PRESETS.values():
-        config = make(
-            input_size=side * patch_size,
-            in_channels=channels,
-            caption_channels=caption_channels,
-            pos_interp_scale=scale,
-            text_mask="none",
-        )
-        if (config.dim, config.depth, config.patch_size) == (dim, depth, patch_size):
-            break
-    else:
+    scale = 1 / math.asin(min(1.0, max(1e-3, positions[0, 1, 0].item()))) if side > 1 else 1.0
+    near = round(4 * scale) / 4  # what it was before it was rounded to bfloat16
+    scale = near if abs(near - scale) < 0.01 * scale else round(scale, 3)
+    sizes = {(c.dim, c.depth, c.patch_size): make for make in PRESETS.values() for c in [make()]}
+    if (dim, depth, patch_size) not in sizes:
         raise UserError(f"{where} is {dim} wide and {depth} deep, like none of: {', '.join(PRESETS)}.")
     expected = sincos_2d(dim, side, side, scale=scale)[None]
     if positions.shape != expected.shape or not torch.allclose(positions, expected, atol=1e-2):
         raise UserError(f"The positions in {where} are not those of square latents; give the model folder instead.")
-    return config
+    return sizes[dim, depth, patch_size](
+        input_size=side * patch_size,
+        in_channels=channels,
+        caption_channels=caption_channels,
+        pos_interp_scale=scale,
+        text_mask="none",
+    )

@@ -194,7 +194,7 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
         raise UserError(f"The text encoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     text = config.get_text_config()
     longest = min(library.model_max_length, getattr(text, "max_position_embeddings", None) or library.model_max_length)
-    length = settings.length or min(KNOWN_LENGTHS.get(plain, MAX_LENGTH), longest)
+    length = min(KNOWN_LENGTHS.get(plain, MAX_LENGTH), longest) if settings.length is None else settings.length
     layers = text.num_hidden_layers
     if not 0 < length <= longest or not -layers - 1 <= (settings.layer or 0) <= layers:
         raise UserError(f"{name}: the encoder has {layers} layers and takes at most {longest:,} tokens.")

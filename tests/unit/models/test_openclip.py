@@ -69,7 +69,9 @@ def test_by_the_hubs_name_and_without_a_vision_tower(
 
     monkeypatch.setattr(openclip, "load_pickle", lambda path: pytest.fail("the large file was read again"))
     again = load_text_encoder("openclip:hf-hub:apple/clip")
-    assert again.sha256 == encoder.sha256 and torch.equal(again.encode(CAPTIONS).states, encoder.encode(CAPTIONS).states)
+    assert again.sha256 == encoder.sha256 and torch.equal(
+        again.encode(CAPTIONS).states, encoder.encode(CAPTIONS).states
+    )
 
 
 def test_another_file_in_the_same_place_is_cut_out_anew(tmp_path: Path) -> None:
