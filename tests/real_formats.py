@@ -228,7 +228,7 @@ def write_composer(path: Path, config: DiTConfig) -> DiT:
             "timestamp": {"Timestamp": timestamp},
             "run_name": "example",
         },
-        "rng": [{"python": random.Random(0).getstate(), "numpy": np.random.RandomState(0).get_state(), "torch": torch.get_rng_state()}],
+        "rng": [{"python": random.Random(0).getstate(), "numpy": np.random.RandomState(0).get_state()}],
     }  # fmt: skip
     torch.save(content, path)
     return dit

@@ -135,7 +135,9 @@ class LatentDiffusion(nn.Module):
     ) -> TextFeatures:
         """Text features of prompts or their tokens, of the length that the transformer was trained with, if fixed."""
         states, mask = self.text_encoder.encode(prompts, attention_mask)
-        missing = (self.text_length or states.shape[1]) - states.shape[1]  # below zero cuts
+        whole = self.dit.config.text_mask == "none"  # where all positions count, their number must not depend on others
+        length = self.text_length or (self.text_encoder.max_length if whole else states.shape[1])
+        missing = length - states.shape[1]  # below zero cuts
         return TextFeatures(F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing)))
 
     @torch.no_grad()
@@ -155,7 +157,7 @@ class LatentDiffusion(nn.Module):
         return_only_latents: bool = False,
         batch_size: int = 16,
         on_step: OnStep | None = None,
-    ) -> Float[Tensor, "b c h w"]:
+    ) -> Float[Tensor, "b channels height width"]:
         """Pictures in [0, 1], one a prompt, or their latents; `batch_size` at a time.
 
         Prompts may come as tokens, (b, l) or (b, 1, l), with the mask that `tokenizer.tokenize` gives. Picture i starts

@@ -1,5 +1,6 @@
 """Checkpoints by name: the paper's released models, official .pt files, Composer's checkpoints, model folders."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ SDXL, OSTRIS = "stabilityai/stable-diffusion-xl-base-1.0", "ostris/vae-kl-f8-d16
 AUTOENCODERS = {4: SDXL, 16: OSTRIS}  # of official checkpoints, by channels
 TEXT_ENCODERS = {1024: (DFN5B, 77), 4096: (f"{T5_XXL}?mask=none", 120)}  # by width, with their positions
 HUB = "VSehwag24/MicroDiT"
+PIPELINE_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,12 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
     elif (folder / "checkpoints").is_dir():
         raise UserError(f"The run {folder} has no model yet: it appears at the end of the first stage.")
     if (folder / "transformer").is_dir():
-        from_pipeline = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-        card = ModelCard.from_json((folder / "card.json").read_text(encoding="utf-8"))
-        return {name.removeprefix("dit."): tensor for name, tensor in read_safetensors(from_pipeline).items()}, card
+        config, weights = folder / "transformer" / CONFIG, folder / PIPELINE_WEIGHTS
+        card = json.loads(config.read_text(encoding="utf-8")).get("card") if config.is_file() else None
+        if card is None or not weights.is_file():
+            raise UserError(f"{folder} is no pipeline folder of this program: export one with --to diffusers.")
+        tensors = {name.removeprefix("dit."): tensor for name, tensor in read_safetensors(weights).items()}
+        return tensors, ModelCard.from_json(json.dumps(card))
     return read_folder(folder)
 
 

@@ -53,9 +53,9 @@ def test_the_table_is_the_papers() -> None:
     }
 
 
-@pytest.mark.parametrize("model", SHAPES["models"] if "models" in SHAPES else list(SHAPES))
+@pytest.mark.parametrize("model", SHAPES)
 def test_sizes_come_from_the_shapes(model: str) -> None:
-    shapes = (SHAPES["models"] if "models" in SHAPES else SHAPES)[model]
+    shapes = SHAPES[model]
     with torch.device("meta"):
         weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     from micro_diffusion.models.pos_embed import sincos_2d
