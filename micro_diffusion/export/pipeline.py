@@ -9,7 +9,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ImagePipelineOutput, Model
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from micro_diffusion.models.checkpoints import ModelCard
 from micro_diffusion.models.dit import DiT
@@ -78,6 +78,9 @@ class MicroDiffusionPipeline(DiffusionPipeline):
         if set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks are given {self._callback_tensor_inputs}, no more")
         self.model.to(self.device)  # the encoders too, if they were loaded elsewhere
+        for module in self.transformer.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.float()  # beside bfloat16 weights too: where autocast leaves norms alone they take no other
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count, config = len(prompts) * num_images_per_prompt, self.transformer.dit.config
         shape = (count, config.in_channels, *config.latent_size)
