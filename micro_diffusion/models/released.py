@@ -1,5 +1,6 @@
 """Checkpoints by name: the paper's released models, official .pt files, Composer's checkpoints, model folders."""
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -89,6 +90,15 @@ def read_checkpoint(
     if text_encoder:
         card = replace(card, text_encoder=Part(text_encoder, None))
     return weights, card
+
+
+def hash_tensors(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bits, the same in whatever format they were stored."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _find(name: str) -> Path:
