@@ -1,4 +1,4 @@
-"""An official checkpoint, fine-tuned on own pictures: prepare -> train --start-from -> resume without it -> generate."""
+"""An official checkpoint fine-tuned on own pictures: prepare, train --start-from, resume without it, generate."""
 
 import json
 import shutil
