@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import io
 import json
 import random
 from collections.abc import Callable
@@ -137,16 +138,33 @@ def write_word_tokenizer(folder: Path, *, pad: str | None = "<pad>", length: int
     ).save_pretrained(folder)  # fmt: skip
 
 
+def write_sentence_pieces(folder: Path) -> None:
+    """T5's tokenizer as it was published: a SentencePiece model and no tokenizer.json."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentences = ["a red apple", "a green cat, in style", "an elegant squirrel pirate on a ship"] * 20
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=28, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    (folder / "spiece.model").write_bytes(model.getvalue())
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 512, "extra_ids": 0} | names
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(names))
+
+
 def write_t5(folder: Path, *, pickled: bool = False) -> Any:
     """A whole T5, encoder and decoder, with its tokenizer; `pickled` as the DeepFloyd one is, in shards of a .bin."""
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
 
     config = T5Config(
-        vocab_size=16, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+        vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
     )
     whole = seeded(lambda: T5ForConditionalGeneration(config)).eval()
     whole.save_pretrained(folder)
-    write_word_tokenizer(folder)
+    write_sentence_pieces(folder)
     encoder = T5EncoderModel.from_pretrained(folder).eval()
     if pickled:
         (folder / "model.safetensors").unlink()

@@ -69,7 +69,12 @@ class Generate:
             raise UserError("--steps, --per-prompt and --batch-size must be at least 1.")
         from micro_diffusion.runtime.report import grid, png_bytes, table_grid
 
-        model = self.open()
+        model = open_model(
+            self.model, device=self.device, autoencoder=self.autoencoder, text_encoder=self.text_encoder,
+            precision=self.precision,
+        )  # fmt: skip
+        if self.compile:
+            model.dit.compile()
         self.out.mkdir(parents=True, exist_ok=True)
         shown: list[Image.Image] = []
         with progress(len(prompts) * self.per_prompt * self.steps) as advance:
@@ -85,19 +90,6 @@ class Generate:
             sheet = grid(shown, captions)
         write_atomic(self.out / "grid.png", png_bytes(sheet))
         print(f"{len(prompts) * self.per_prompt} pictures and grid.png are in {self.out}")
-
-    def open(self) -> "LatentDiffusion":
-        """The model on its device."""
-        model = open_model(
-            self.model,
-            device=self.device,
-            autoencoder=self.autoencoder,
-            text_encoder=self.text_encoder,
-            precision=self.precision,
-        )
-        if self.compile:
-            model.dit.compile()
-        return model
 
     def draw(
         self, model: "LatentDiffusion", prompts: Sequence[str], advance: Callable[[int], None]
@@ -119,15 +111,10 @@ class Generate:
             some, seeds = zip(*wanted[start : start + self.batch_size], strict=True)
             try:
                 images = model.generate(
-                    some,
-                    num_inference_steps=self.steps,
-                    guidance_scale=self.guidance,
-                    guidance_interval=self.guidance_interval,
-                    sampler=self.sampler,
-                    seed=seeds,
-                    batch_size=self.batch_size,
-                    on_step=on_step,
-                )
+                    some, num_inference_steps=self.steps, guidance_scale=self.guidance,
+                    guidance_interval=self.guidance_interval, sampler=self.sampler, seed=seeds,
+                    batch_size=self.batch_size, on_step=on_step,
+                )  # fmt: skip
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{len(some)} pictures at once do not fit into memory; lower --batch-size.") from error
             yield from zip(some, seeds, pictures(images), strict=True)
@@ -161,23 +148,15 @@ class Generate:
 
 
 def open_model(
-    name: Path,
-    *,
-    device: str,
-    autoencoder: str | None = None,
-    text_encoder: str | None = None,
-    precision: str = "bf16",
+    name: Path, *, device: str, autoencoder: str | None = None, text_encoder: str | None = None, precision: str = "bf16"
 ) -> "LatentDiffusion":
     """The model of a run, a folder, a file or a name."""
     from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.runtime.device import pick_device
 
+    chosen = pick_device(device)
     return LatentDiffusion.from_checkpoint(
-        name.as_posix(),
-        device=pick_device(device),
-        autoencoder=autoencoder,
-        text_encoder=text_encoder,
-        precision=precision,
+        name.as_posix(), device=chosen, autoencoder=autoencoder, text_encoder=text_encoder, precision=precision
     )
 
 

@@ -162,12 +162,7 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe",
-    folders: Sequence[Path],
-    run: Path,
-    *,
-    device: str,
-    weights: "Mapping[str, Tensor] | None" = None,
+    recipe: "Recipe", folders: Sequence[Path], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
 ) -> None:
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require
@@ -186,17 +181,10 @@ def train_recipe(
     resolutions = sorted({stage.resolution for stage in recipe.stages})
     for resolution in resolutions:
         require(
-            stores,
-            resolution=resolution,
-            text_encoder=recipe.text_encoder,
-            autoencoder_sha256=autoencoder.sha256,
-            text_encoder_sha256=text_encoder.sha256,
-        )
-    for setting, has in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
-        if getattr(recipe.model, setting) != has and recipe.start_from:
-            raise UserError(f"{recipe.start_from} has {setting} {getattr(recipe.model, setting)}, its encoder gives {has}.")
-        if getattr(recipe.model, setting) != has:
-            raise UserError(f"The model's {setting} is not that of the store: train with --set model.{setting}={has}.")
+            stores, resolution=resolution, text_encoder=recipe.text_encoder,
+            autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256,
+        )  # fmt: skip
+    check_widths(recipe, autoencoder, text_encoder)
 
     def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
         return {
@@ -231,6 +219,18 @@ def train_recipe(
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+
+
+def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:
+    """Raise UserError if the model does not take what the encoders give."""
+    for setting, gives in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
+        takes = getattr(recipe.model, setting)
+        if takes != gives and recipe.start_from:
+            raise UserError(f"{recipe.start_from} was trained with {setting} {takes}, but the encoder gives {gives}.")
+        if takes != gives:
+            raise UserError(
+                f"The model's {setting} is not that of the store: train with --set model.{setting}={gives}."
+            )
 
 
 def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPTS) -> list[str]:

@@ -88,27 +88,21 @@ class MicroDiffusionPipeline(DiffusionPipeline):
         if negative_prompt is not None and not isinstance(negative_prompt, str):
             negative_prompt = [text for text in negative_prompt for _ in range(num_images_per_prompt)]
 
-        with self.progress_bar(total=num_inference_steps) as bar:
+        bar = self.progress_bar(total=num_inference_steps)
 
-            def on_step(step: int, level: float, state: Tensor) -> Tensor:
-                bar.update()
-                if callback_on_step_end is None:
-                    return state
-                changed = callback_on_step_end(self, step, level, {"latents": state})
-                return changed.get("latents", state).to(state)
+        def on_step(step: int, level: float, state: Tensor) -> Tensor:
+            bar.update()
+            if callback_on_step_end is None:
+                return state
+            return callback_on_step_end(self, step, level, {"latents": state}).get("latents", state).to(state)
 
+        with bar:
             pictures = self.model.generate(
-                [text for text in prompts for _ in range(num_images_per_prompt)],
-                negative_prompt=negative_prompt,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                sampler=sampler,
-                noise=noise,
-                batch_size=max(1, count),
-                return_only_latents=output_type == "latent",
-                on_step=on_step,
-            )
+                [text for text in prompts for _ in range(num_images_per_prompt)], negative_prompt=negative_prompt,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval, sampler=sampler, noise=noise, batch_size=max(1, count),
+                return_only_latents=output_type == "latent", on_step=on_step,
+            )  # fmt: skip
         images: Any = pictures
         if output_type in ("np", "pil"):
             images = VaeImageProcessor.pt_to_numpy(pictures)

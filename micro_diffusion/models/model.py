@@ -177,19 +177,14 @@ class LatentDiffusion(nn.Module):
         results = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
+            text = self.encode_prompts(prompts[part], None if attention_mask is None else attention_mask[part])
             latents = sample_latents(
-                self.dit,
-                self.objective,
-                self.encode_prompts(prompts[part], None if attention_mask is None else attention_mask[part]),
+                self.dit, self.objective, text,
                 self.noise(seeds[part]) if noise is None else noise[part].to(self.device),
                 negative=None if negatives is None else self.encode_prompts(negatives[part]),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                sampler=sampler,
-                precision=self.precision,
-                on_step=on_step,
-            )
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval, sampler=sampler, precision=self.precision, on_step=on_step,
+            )  # fmt: skip
             results.append(latents if vae is None else vae.decode(latents))
         return torch.cat(results)
 

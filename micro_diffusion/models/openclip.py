@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from micro_diffusion.models.pretrained import cache_folder, first_line, load_pickle, optional_package, part_folder
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, sha256
@@ -36,18 +36,11 @@ class OpenClipTokenizer:
         return {"input_ids": ids, "attention_mask": mask.long()}
 
 
-class TextTower(NamedTuple):
-    """A text tower that returns (pooled, all positions after the final LayerNorm)."""
+def load_text_tower(name: str) -> tuple[Any, OpenClipTokenizer, str]:
+    """The text tower of `hf-hub:NAME` or of a folder in OpenCLIP's hub format, its tokenizer and the tower's sha256.
 
-    model: nn.Module
-    tokenizer: OpenClipTokenizer
-    width: int
-    length: int
-    sha256: str
-
-
-def load_text_tower(name: str) -> TextTower:
-    """The tower of `hf-hub:NAME` or of a folder in OpenCLIP's hub format, float32; the vision tower is never built."""
+    It is in float32 and returns (pooled, all positions after the final LayerNorm); the vision tower is never built.
+    """
     open_clip = optional_package("open_clip")
     folder = part_folder(name.removeprefix("hf-hub:"), FILES, weights=[[file] for file in WEIGHTS])
     weights = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)
@@ -72,7 +65,7 @@ def load_text_tower(name: str) -> TextTower:
         raise UserError(f"The text tower in {folder} does not load ({first_line(error)}).") from error
     if model.attn_mask is not None:
         model.attn_mask = model.build_causal_mask()  # not in the file, so still without values
-    return TextTower(model, OpenClipTokenizer(tokenizer), model.width, model.context_length, sha256(tower_file))
+    return model, OpenClipTokenizer(tokenizer), sha256(tower_file)
 
 
 def _cut_out(weights: Path) -> Path:

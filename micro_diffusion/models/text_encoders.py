@@ -160,9 +160,9 @@ def load_text_encoder(
 def _load_openclip(name: str, plain: str, settings: TextSettings) -> TextEncoder:
     if settings.layer is not None or settings.length is not None:
         raise UserError(f"{name}: layer and length are settings of transformers models; OpenCLIP has mask and dtype.")
-    tower = openclip.load_text_tower(plain.removeprefix(openclip.PREFIX))
+    model, tokenizer, digest = openclip.load_text_tower(plain.removeprefix(openclip.PREFIX))
     return TextEncoder(
-        tower.model, tower.tokenizer, name=name, sha256=tower.sha256, width=tower.width, length=tower.length,
+        model, tokenizer, name=name, sha256=digest, width=model.width, length=model.context_length,
         text_mask=settings.mask or "none",
     )  # fmt: skip
 
