@@ -22,11 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from micro_diffusion.diffusion.objectives import Prediction
+from micro_diffusion.diffusion.objectives import EDM, Prediction
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.model import LatentDiffusion, sample_latents, text_network
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import load_checkpoint
 from micro_diffusion.models.text_encoders import TextFeatures
 from micro_diffusion.runtime.device import pick_device
 
@@ -105,64 +104,70 @@ def rehearse(folder: Path, device: torch.device, *, tiny: bool, note: Callable[.
             return_only_latents=not autoencoder,
         )
 
+    text = model.encode_prompts(PROMPTS)
+    errors, seconds = timed(lambda: Bf16Errors(model.dit, text, steps=steps))
+    note(float32_and_autocast_s=seconds, **errors.reference)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
             model.dit.compile()
-        _, warm = timed(lambda: draw(2), device)
+        _, warm = timed(lambda: draw(2))
         reset_peak(device)
-        images, seconds = timed(draw, device)
+        images, seconds = timed(draw)
         note(**{f"{mode}_first_call_2_steps_s": warm, f"{mode}_s": seconds, f"{mode}_peak_gb": peak_gb(device)})
         note(**{f"{mode}_pictures": list(images.shape), f"{mode}_finite": bool(images.isfinite().all())})
-    text = model.encode_prompts(PROMPTS)
+        note(**errors.of(mode))
     if autoencoder:
         latents = torch.randn(4, 4, *model.dit.config.latent_size, device=device)
-        _, seconds = timed(lambda: model.vae.decode(latents), device)
+        _, seconds = timed(lambda: model.vae.decode(latents))
         note(decode_s=seconds)
-    del model
-    note(**bf16_errors(checkpoint, text, device, steps=steps))
 
 
-def bf16_errors(checkpoint: Path, text: TextFeatures, device: torch.device, *, steps: int) -> dict[str, Any]:
-    """Error against float32 of the package's bf16 path and of plain bf16 autocast, on the same inputs."""
-    torch.set_float32_matmul_precision("highest")  # a float32 reference without TF32
-    dit, card = load_checkpoint(str(checkpoint), autoencoder="missing", text_encoder="missing")
-    dit = dit.to(device).eval()
-    noise = torch.randn(len(text.states), 4, *dit.config.latent_size, generator=torch.Generator().manual_seed(1))
-    noise, label = noise.to(device), torch.zeros(len(noise), device=device)
+class PlainAutocast(nn.Module):
+    """Autocast around whole calls of the transformer, text and all, and nothing else done for bf16."""
 
-    def plain(x: Tensor, label: Tensor) -> Prediction:
-        with torch.autocast(device.type, torch.bfloat16):
-            return dit(x, label, text.states)
+    def __init__(self, dit: DiT) -> None:
+        super().__init__()
+        self.dit, self.config, self.x_embedder = dit, dit.config, dit.x_embedder
 
-    class Plain(nn.Module):
-        """Autocast around whole calls, text and all, and nothing else done for bf16."""
+    def encode_text(self, states: Tensor, mask: Tensor) -> Tensor:
+        return states
 
-        config, x_embedder = dit.config, dit.x_embedder
+    def forward(self, x: Tensor, label: Tensor, states: Tensor, **settings: Any) -> Prediction:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.dit(x, label, states)
 
-        def encode_text(self, states: Tensor, mask: Tensor) -> Tensor:
-            return states
 
-        def forward(self, x: Tensor, label: Tensor, states: Tensor, **settings: Any) -> Prediction:
-            with torch.autocast(device.type, torch.bfloat16):
-                return dit(x, label, states)
+class Bf16Errors:
+    """Error against float32 of the package's bf16 path, and of plain bf16 autocast on the same inputs.
 
-    def sample(dit: Any, precision: str) -> Tensor:
-        return sample_latents(dit, card.objective, text, noise, num_inference_steps=steps, precision=precision)
+    One call at sigma 1, and all sampling steps; the float32 reference is without TF32.
+    """
 
-    with torch.no_grad():
-        exact, seconds = timed(lambda: sample(dit, "float32"))
-        exact_call = dit(noise, label, text.states).sample
-        result: dict[str, Any] = {"float32_s": seconds, "latents_std": exact.std().item()}
-        result["autocast_error"] = error(sample(Plain(), "float32"), exact)
-        result["autocast_call_error"] = error(plain(noise, label).sample, exact_call)
-        for mode in ("eager", "compiled"):
-            if mode == "compiled":
-                dit.compile()
-            call = text_network(dit, text, precision="bf16")(noise, label).sample
-            for kind, found, wanted in (("", sample(dit, "bf16"), exact), ("_call", call, exact_call)):
-                result[f"bf16_{mode}{kind}_error"] = error(found, wanted)
-                result[f"bf16_{mode}{kind}_error_ratio"] = error(found, wanted) / result[f"autocast{kind}_error"]
-    return result
+    def __init__(self, dit: DiT, text: TextFeatures, *, steps: int) -> None:
+        self.dit, self.text, self.steps = dit, text, steps
+        noise = torch.randn(len(text.states), 4, *dit.config.latent_size, generator=torch.Generator().manual_seed(1))
+        self.noise = noise.to(text.states.device)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        self.exact = self.outputs(dit, "float32")
+        torch.set_float32_matmul_precision(before)
+        plain = self.outputs(PlainAutocast(dit), "float32")
+        self.plain = {kind: error(plain[kind], exact) for kind, exact in self.exact.items()}
+        self.reference = {f"autocast_{kind}_error": value for kind, value in self.plain.items()}
+
+    @torch.no_grad()
+    def outputs(self, dit: Any, precision: str) -> dict[str, Tensor]:
+        """Of a transformer: one call, and sampled latents."""
+        call = text_network(dit, self.text, precision=precision)(self.noise, self.noise.new_zeros(len(self.noise)))
+        latents = sample_latents(dit, EDM(), self.text, self.noise, num_inference_steps=self.steps, precision=precision)
+        return {"call": call.sample, "sample": latents}
+
+    def of(self, mode: str) -> dict[str, float]:
+        """Errors of the bf16 path as it is now, and their ratios to plain autocast's."""
+        found = self.outputs(self.dit, "bf16")
+        errors = {kind: error(found[kind], exact) for kind, exact in self.exact.items()}
+        ratios = {f"bf16_{mode}_{kind}_error_ratio": errors[kind] / self.plain[kind] for kind in errors}
+        return {f"bf16_{mode}_{kind}_error": value for kind, value in errors.items()} | ratios
 
 
 def write_checkpoint(path: Path, device: torch.device, *, tiny: bool) -> Path:
@@ -209,7 +214,7 @@ def random_text(count: int, device: torch.device) -> TextFeatures:
     return TextFeatures(states, torch.ones(count, 77, dtype=torch.bool, device=device))
 
 
-def timed(work: Callable[[], Any], device: torch.device | None = None) -> tuple[Any, float]:
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     """The result and the seconds that it took."""
     start = time.perf_counter()
     result = work()

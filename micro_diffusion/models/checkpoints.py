@@ -18,7 +18,7 @@ from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
 
 T = TypeVar("T")
-VERSION = 1
+FORMAT, VERSION = "micro-diffusion model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -48,7 +48,7 @@ class ModelCard:
         (name,) = (name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         values = dataclasses.asdict(self)
         values["objective"] = {"name": name, **values["objective"]}
-        return json.dumps({"format": "micro-diffusion model", "version": VERSION, **values}, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelCard":
@@ -57,7 +57,7 @@ class ModelCard:
             values = json.loads(text)
         except ValueError as error:
             raise UserError(f"{CONFIG} is not JSON ({error}); copy the model folder again.") from error
-        if not isinstance(values, dict) or values.pop("format", None) != "micro-diffusion model":
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise UserError(f"{CONFIG} does not describe a model of this program; give a run's model folder.")
         if (version := values.pop("version", None)) != VERSION:
             raise UserError(f"{CONFIG} has version {version}, this program reads {VERSION}; install the newer program.")

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from micro_diffusion.models.pretrained import cache_folder, first_line, load_pickle, optional_package, part_folder

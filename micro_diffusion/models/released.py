@@ -14,6 +14,7 @@ from torch import Tensor
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.models.checkpoints import (
     CONFIG,
+    FORMAT,
     WEIGHTS,
     ModelCard,
     Part,
@@ -81,8 +82,8 @@ def read_checkpoint(
     else:
         weights = _transformer(read_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path), path)
         beside = path.with_suffix(".json")
-        if beside.is_file():
-            card = ModelCard.from_json(beside.read_text(encoding="utf-8"))
+        if beside.is_file() and FORMAT in (text := beside.read_text(encoding="utf-8")):
+            card = ModelCard.from_json(text)
         else:
             card = _card(weights, path, autoencoder=autoencoder, text_encoder=text_encoder)
     if autoencoder:

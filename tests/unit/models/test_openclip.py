@@ -74,6 +74,14 @@ def test_by_the_hubs_name_and_without_a_vision_tower(
     )
 
 
+def test_the_large_pickle_is_mapped_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_openclip(tmp_path / "clip")
+    load, asked = torch.load, []
+    monkeypatch.setattr(torch, "load", lambda path, **settings: asked.append(settings) or load(path, **settings))
+    load_text_encoder(f"openclip:{tmp_path / 'clip'}")
+    assert [(each["mmap"], each["weights_only"]) for each in asked] == [(True, True)]
+
+
 def test_another_file_in_the_same_place_is_cut_out_anew(tmp_path: Path) -> None:
     name = f"openclip:{tmp_path / 'clip'}"
     whole = write_openclip(tmp_path / "clip")
