@@ -1,12 +1,13 @@
 """`micro-diffusion generate`: prompts become PNG files and a grid."""
 
+import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -24,8 +25,8 @@ GRID_LIMIT = 400  # pictures in grid.png
 class Generate:
     """Draw pictures for prompts: one PNG each, and grid.png with the prompts under the pictures."""
 
-    model: Annotated[Path, arg(metavar="FOLDER")]
-    """A run folder, or a model folder in it."""
+    model: Annotated[Path, arg(metavar="NAME_OR_PATH", aliases=("--checkpoint",))]
+    """A run, a model or pipeline folder, a .pt or .safetensors file, a released model's name, or a name on the hub."""
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ()
     """What to draw."""
     prompts_file: Path | None = None
@@ -44,10 +45,20 @@ class Generate:
     """Sampling steps."""
     guidance: float = 3.0
     """Guidance scale; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these noise levels, a lower and a higher one, as in 0.3 5; faster, and often better."""
     sampler: str = "heun"
     """heun, euler or dpmpp_2m."""
+    autoencoder: str | None = None
+    """Another autoencoder than the model names: embedded, a folder in diffusers format, or a name on the hub."""
+    text_encoder: str | None = None
+    """Another text encoder than the model names; see docs/models.md."""
     batch_size: int = 16
-    """Pictures drawn at once."""
+    """Pictures drawn at once: what memory has to hold."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Of the transformer on CUDA; elsewhere it is float32."""
+    compile: bool = False
+    """Compile the transformer: a minute or two first, then faster; for many pictures."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -58,13 +69,19 @@ class Generate:
             raise UserError("--steps, --per-prompt and --batch-size must be at least 1.")
         from micro_diffusion.runtime.report import grid, png_bytes, table_grid
 
-        model = open_model(self.model, device=self.device)
+        model = open_model(
+            self.model, device=self.device, autoencoder=self.autoencoder, text_encoder=self.text_encoder,
+            precision=self.precision,
+        )  # fmt: skip
+        if self.compile:
+            model.dit.compile()
         self.out.mkdir(parents=True, exist_ok=True)
         shown: list[Image.Image] = []
-        for number, (prompt, seed, picture) in enumerate(self.draw(model, prompts), 1):
-            notes = {"prompt": prompt, "seed": str(seed), "settings": self.settings}
-            write_atomic(self.out / file_name(number, prompt), png_bytes(picture, notes))
-            shown += [picture] if len(shown) < GRID_LIMIT else []
+        with progress(len(prompts) * self.per_prompt * self.steps) as advance:
+            for number, (prompt, seed, picture) in enumerate(self.draw(model, prompts, advance), 1):
+                notes = {"prompt": prompt, "seed": str(seed), "settings": self.settings}
+                write_atomic(self.out / file_name(number, prompt), png_bytes(picture, notes))
+                shown += [picture] if len(shown) < GRID_LIMIT else []
         captions = [prompt for prompt in prompts for _ in range(self.per_prompt)][:GRID_LIMIT]
         if len(fills) == 2 and self.per_prompt == 1 and len(shown) == len(prompts) == len(fills[0]) * len(fills[1]):
             columns = len(fills[1])
@@ -74,27 +91,39 @@ class Generate:
         write_atomic(self.out / "grid.png", png_bytes(sheet))
         print(f"{len(prompts) * self.per_prompt} pictures and grid.png are in {self.out}")
 
-    def draw(self, model: "LatentDiffusion", prompts: Sequence[str]) -> "Iterator[tuple[str, int, Image.Image]]":
-        """Prompt, seed and picture, in order; a picture does not depend on what is drawn with it."""
+    def draw(
+        self, model: "LatentDiffusion", prompts: Sequence[str], advance: Callable[[int], None]
+    ) -> "Iterator[tuple[str, int, Image.Image]]":
+        """Prompt, seed and picture, in order; a picture does not depend on what is drawn with it.
+
+        `advance` is called with the pictures of each sampling step.
+        """
+        import torch
+
         from micro_diffusion.runtime.report import pictures
+
+        def on_step(step: int, level: float, state: torch.Tensor) -> torch.Tensor:
+            advance(len(state))
+            return state
 
         wanted = [(prompt, self.seed + copy) for prompt in prompts for copy in range(self.per_prompt)]
         for start in range(0, len(wanted), self.batch_size):
             some, seeds = zip(*wanted[start : start + self.batch_size], strict=True)
-            images = model.generate(
-                some,
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
-                sampler=self.sampler,
-                seed=seeds,
-                batch_size=self.batch_size,
-            )
+            try:
+                images = model.generate(
+                    some, num_inference_steps=self.steps, guidance_scale=self.guidance,
+                    guidance_interval=self.guidance_interval, sampler=self.sampler, seed=seeds,
+                    batch_size=self.batch_size, on_step=on_step,
+                )  # fmt: skip
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"{len(some)} pictures at once do not fit into memory; lower --batch-size.") from error
             yield from zip(some, seeds, pictures(images), strict=True)
 
     @property
     def settings(self) -> str:
         """What else decides a picture, for the PNG's metadata."""
-        return f"model {self.model}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}"
+        within = " from {:g} to {:g}".format(*self.guidance_interval) if self.guidance_interval else ""
+        return f"model {self.model}, {self.sampler}, {self.steps} steps, guidance {self.guidance:g}{within}"
 
     def all_prompts(self, fills: Sequence[Sequence[str]]) -> list[str]:
         """Prompts from the command line, the file and the template; UserError when there is none."""
@@ -118,17 +147,29 @@ class Generate:
         return prompts
 
 
-def open_model(folder: Path, *, device: str) -> "LatentDiffusion":
-    """The model in a run folder or a model folder."""
+def open_model(
+    name: Path, *, device: str, autoencoder: str | None = None, text_encoder: str | None = None, precision: str = "bf16"
+) -> "LatentDiffusion":
+    """The model of a run, a folder, a file or a name."""
     from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.runtime.device import pick_device
 
-    if not folder.is_dir():
-        raise UserError(f"There is no model folder {folder}; give the folder that 'micro-diffusion train' wrote.")
-    inner = folder / "model"
-    if (folder / "checkpoints").is_dir() and not inner.is_dir():
-        raise UserError(f"The run {folder} has no model yet: it appears at the end of the first stage.")
-    return LatentDiffusion.from_folder(inner if inner.is_dir() else folder, device=pick_device(device))
+    chosen = pick_device(device)
+    return LatentDiffusion.from_checkpoint(
+        name.as_posix(), device=chosen, autoencoder=autoencoder, text_encoder=text_encoder, precision=precision
+    )
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar of sampling steps, all pictures taken together; shown on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("drawing", total=total)
+        yield lambda steps: bar.advance(task, steps)
 
 
 def file_name(number: int, prompt: str) -> str:

@@ -8,19 +8,20 @@ from types import FrameType
 
 import tyro
 
+from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.prepare import Prepare
 from micro_diffusion.cli.quickstart import Quickstart
 from micro_diffusion.cli.train import Train
 from micro_diffusion.runtime.files import UserError
 
-VERBS = {"quickstart": Quickstart, "prepare": Prepare, "train": Train, "generate": Generate}
+VERBS = {"quickstart": Quickstart, "prepare": Prepare, "train": Train, "generate": Generate, "export": Export}
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Train | Generate = tyro.extras.subcommand_cli_from_dict(
+    verb: Quickstart | Prepare | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",

@@ -5,7 +5,7 @@ import json
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +15,7 @@ from micro_diffusion.runtime.files import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from micro_diffusion.data.store import Store
     from micro_diffusion.models.autoencoders import Autoencoder
@@ -38,12 +39,17 @@ class Train:
     """Folder for checkpoints, log, samples and the model."""
     settings: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = ()
     """Change the recipe, as in --set seed=1 stages.0.images=64000."""
+    start_from: Annotated[Path | None, arg(metavar="NAME_OR_PATH")] = None
+    """Fine-tune this checkpoint: its model, encoders and objective replace the recipe's (docs/models.md)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
     def __call__(self) -> None:
         changes = [setting for group in self.settings for setting in group]
-        train_recipe(override(find_recipe(self.recipe), changes), self.store, self.run, device=self.device)
+        recipe, weights = override(find_recipe(self.recipe), changes), None
+        if self.start_from:
+            recipe, weights = fine_tuning(recipe, self.start_from.as_posix(), run=self.run, changes=changes)
+        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights)
         print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
 
 
@@ -87,6 +93,51 @@ def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
         raise UserError(f"--set {' '.join(settings)}: {error}.") from error
 
 
+def fine_tuning(
+    recipe: "Recipe", name: str, *, run: Path, changes: Sequence[str]
+) -> "tuple[Recipe, Mapping[str, Tensor] | None]":
+    """The recipe with what a checkpoint decides, and the checkpoint's weights.
+
+    Each stage's positions span the coordinates that the checkpoint was trained on. A run that has begun from `name`
+    keeps all that in its own recipe and checkpoints: then the weights are None, and `name` need not exist any more.
+    """
+    from micro_diffusion.diffusion.objectives import EDM
+    from micro_diffusion.models.released import hash_tensors, load_checkpoint
+    from micro_diffusion.training.checkpoint import latest
+    from micro_diffusion.training.config import Recipe
+
+    set_here = {key: value for key, _, value in (change.partition("=") for change in changes)}
+    for key in set_here:
+        if key.split(".")[0] in ("model", "objective", "sigma_data", "flow_shift") or key.endswith("pos_interp_scale"):
+            raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
+    saved, weights = run / "recipe.json", None
+    before = Recipe.from_json(saved.read_text()) if saved.is_file() and latest(run / "checkpoints") else None
+    if before is not None and before.start_from == name:
+        span = before.stages[0].resolution / before.stages[0].pos_interp_scale
+        same = ("model", "objective", "sigma_data", "flow_shift", "text_length", "start_from", "start_from_sha256")
+        taken = {key: getattr(before, key) for key in (*same, "autoencoder", "text_encoder")}
+        taken |= {key: set_here[key] for key in ("autoencoder", "text_encoder") if key in set_here}
+    else:
+        dit, card = load_checkpoint(
+            name, autoencoder=set_here.get("autoencoder"), text_encoder=set_here.get("text_encoder")
+        )
+        weights, objective = dit.state_dict(), card.objective
+        span = card.resolution / card.dit.pos_interp_scale
+        taken = {
+            "model": replace(card.dit, pos_interp_scale=1.0),
+            "objective": "edm" if isinstance(objective, EDM) else "flow",
+            "sigma_data": objective.sigma_data if isinstance(objective, EDM) else 0.9,
+            "flow_shift": 1.0 if isinstance(objective, EDM) else objective.shift,
+            "text_length": card.text_length or recipe.text_length,
+            "autoencoder": card.autoencoder.name,
+            "text_encoder": card.text_encoder.name,
+            "start_from": name,
+            "start_from_sha256": hash_tensors(weights),
+        }
+    stages = tuple(replace(stage, pos_interp_scale=stage.resolution / span) for stage in recipe.stages)
+    return replace(recipe, stages=stages, **taken), weights
+
+
 def nearest(name: str, known: Mapping[str, Any]) -> str:
     """`did you mean 'x'?` or the list of what there is, for an error message."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -110,7 +161,9 @@ def _value(text: str) -> Any:
         return text
 
 
-def train_recipe(recipe: "Recipe", folders: Sequence[Path], run: Path, *, device: str) -> None:
+def train_recipe(
+    recipe: "Recipe", folders: Sequence[Path], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
+) -> None:
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require
     from micro_diffusion.data.store import Store
@@ -128,15 +181,10 @@ def train_recipe(recipe: "Recipe", folders: Sequence[Path], run: Path, *, device
     resolutions = sorted({stage.resolution for stage in recipe.stages})
     for resolution in resolutions:
         require(
-            stores,
-            resolution=resolution,
-            text_encoder=recipe.text_encoder,
-            autoencoder_sha256=autoencoder.sha256,
-            text_encoder_sha256=text_encoder.sha256,
-        )
-    for setting, has in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
-        if getattr(recipe.model, setting) != has:
-            raise UserError(f"The model's {setting} is not that of the store: train with --set model.{setting}={has}.")
+            stores, resolution=resolution, text_encoder=recipe.text_encoder,
+            autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256,
+        )  # fmt: skip
+    check_widths(recipe, autoencoder, text_encoder)
 
     def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
         return {
@@ -166,10 +214,23 @@ def train_recipe(recipe: "Recipe", folders: Sequence[Path], run: Path, *, device
             device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
             hooks=(Progress(recipe.images), board, samples),
+            weights=weights,
         )
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+
+
+def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:
+    """Raise UserError if the model does not take what the encoders give."""
+    for setting, gives in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
+        takes = getattr(recipe.model, setting)
+        if takes != gives and recipe.start_from:
+            raise UserError(f"{recipe.start_from} was trained with {setting} {takes}, but the encoder gives {gives}.")
+        if takes != gives:
+            raise UserError(
+                f"The model's {setting} is not that of the store: train with --set model.{setting}={gives}."
+            )
 
 
 def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPTS) -> list[str]:

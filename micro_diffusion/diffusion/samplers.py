@@ -25,33 +25,40 @@ Alpha = Callable[[Levels], Levels]
 """Share of the clean latents at each noise level: an objective's `alpha`."""
 
 
+OnStep = Callable[[int, float, Latents], Latents]
+"""Called after each step with its number, the level it came from and the state; returns the state to go on with."""
+
+
 class Sampler(Protocol):
     """From `x` at the first level to the last one; all but the network's work is done in float64."""
 
-    def __call__(self, denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha) -> Latents: ...
+    def __call__(
+        self, denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None
+    ) -> Latents: ...
 
 
-def euler(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha) -> Latents:
+def euler(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None) -> Latents:
     """First order, one evaluation a step (DDIM, arXiv 2010.02502, in these variables)."""
     state = x.to(state_dtype(x.device))
-    for level, lower in pairwise(levels.tolist()):
+    for i, (level, lower) in enumerate(pairwise(levels.tolist())):
         state = state + (lower - level) * _slope(denoise, state, level)
+        state = on_step(i, level, state) if on_step else state
     return state.to(x.dtype)
 
 
-def heun(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha) -> Latents:
+def heun(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None) -> Latents:
     """Second order, two evaluations a step but one in a step to 0 (arXiv 2206.00364, algorithm 1)."""
     state = x.to(state_dtype(x.device))
-    for level, lower in pairwise(levels.tolist()):
+    for i, (level, lower) in enumerate(pairwise(levels.tolist())):
         slope = _slope(denoise, state, level)
         ahead = state + (lower - level) * slope
         if lower > 0:
             ahead = state + (lower - level) * (slope + _slope(denoise, ahead, lower)) / 2
-        state = ahead
+        state = on_step(i, level, ahead) if on_step else ahead
     return state.to(x.dtype)
 
 
-def dpmpp_2m(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha) -> Latents:
+def dpmpp_2m(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None) -> Latents:
     """Second order, one evaluation a step: DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
 
     D is extrapolated in the log signal-to-noise ratio lambda from the two latest evaluations; in the first step and in
@@ -66,6 +73,7 @@ def dpmpp_2m(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha) -> 
             clean = latest + ratio / 2 * (latest - before)
         # the algorithm's alpha_i (exp(-h_i) - 1) is lower / level - 1 on straight paths
         state, before = lower / level * state + (1 - lower / level) * clean, latest
+        state = on_step(i, level, state) if on_step else state
     return state.to(x.dtype)
 
 

@@ -1,5 +1,6 @@
 """Autoencoders: pictures to latents and back. Loaded, never trained here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,13 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import micro_diffusion.embedded
-from micro_diffusion.models.pretrained import loading, part_folder
-from micro_diffusion.runtime.files import UserError, sha256
+from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
+from micro_diffusion.runtime.files import UserError
 
 EMBEDDED = "embedded"
+KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = (WEIGHTS, "config.json")
+FILES = (WEIGHTS, "diffusion_pytorch_model-*.safetensors", f"{WEIGHTS}.index.json", "config.json")
 PIXELS_AT_ONCE = 2**20  # bounds the memory of a call: 64 pictures at 128 px, 4 at 512 px
+TILE = 1024  # pixels of a side; a picture of more than TILE x TILE is decoded in tiles of that size at most
 
 
 class LatentDistribution(NamedTuple):
@@ -25,41 +28,85 @@ class LatentDistribution(NamedTuple):
 
 
 class Autoencoder(nn.Module):
-    """A `diffusers` AutoencoderKL; latents are (z - shift_factor) * scaling_factor. `sha256` is of its weights file."""
+    """A `diffusers` autoencoder; latents are (z - shift_factor) * scaling_factor. `sha256` is of its weights.
+
+    Shift, scale, channels and pixels to a latent (`downscale`) come from its configuration.
+    """
 
     def __init__(self, model: Any, *, name: str, sha256: str) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.name, self.sha256 = name, sha256
-        self.channels: int = model.config.latent_channels
-        self.downscale = 2 ** (len(model.config.block_out_channels) - 1)
-        self.scaling_factor = float(model.config.scaling_factor)
-        self.shift_factor = float(model.config.shift_factor or 0.0)
+        config = dict(model.config)
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+        self.channels: int = config["latent_channels"]
+        self.downscale = 2 ** (len(blocks) - 1)
+        self.scaling_factor = float(config.get("scaling_factor") or 1.0)
+        self.shift_factor = float(config.get("shift_factor") or 0.0)
+        if config.get("latents_mean") or config.get("latents_std"):
+            raise UserError(
+                f"The autoencoder {name!r} scales each channel by itself, which is not supported; use another."
+            )
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> LatentDistribution:
-        """Pictures in [-1, 1], whose sides are multiples of `downscale`; float32."""
+        """Pictures in [-1, 1], whose sides are multiples of `downscale`; float32. Without a posterior, std is zero."""
         if images.shape[-1] % self.downscale or images.shape[-2] % self.downscale:
             raise ValueError(f"{tuple(images.shape[-2:])} pixels are not multiples of {self.downscale}")
         means, stds = [], []
         for part in images.split(_at_once(images.shape[-2] * images.shape[-1])):
-            posterior = self.model.encode(part.to(self._like)).latent_dist
-            means.append((posterior.mean.float() - self.shift_factor) * self.scaling_factor)
-            stds.append(posterior.std.float() * self.scaling_factor)
+            encoded = self.model.encode(part.to(self._like))
+            posterior = getattr(encoded, "latent_dist", None)
+            mean = encoded[0] if posterior is None else posterior.mean
+            means.append((mean.float() - self.shift_factor) * self.scaling_factor)
+            stds.append(
+                torch.zeros_like(means[-1]) if posterior is None else posterior.std.float() * self.scaling_factor
+            )
         return LatentDistribution(torch.cat(means), torch.cat(stds))
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
-        """Pictures in [0, 1], float32."""
-        pictures = []
-        for part in latents.split(_at_once(latents.shape[-2] * latents.shape[-1] * self.downscale**2)):
-            decoded = self.model.decode((part / self.scaling_factor + self.shift_factor).to(self._like)).sample
-            pictures.append((decoded.float() / 2 + 0.5).clamp(0, 1))
-        return torch.cat(pictures)
+        """Pictures in [0, 1], float32; in overlapping tiles if they are large."""
+        z = latents / self.scaling_factor + self.shift_factor
+        pixels = z.shape[-2] * z.shape[-1] * self.downscale**2
+        if pixels > TILE**2:
+            return torch.cat([self._decode_tiles(part) for part in z.split(1)])
+        return torch.cat([self._decode(part) for part in z.split(_at_once(pixels))])
+
+    def _decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        return (self.model.decode(z.to(self._like)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    def _decode_tiles(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
+        """A mean of tiles that overlap by a quarter, each weighted less towards its edges."""
+        size, factor = TILE // self.downscale, self.downscale
+        height, width = z.shape[-2] * factor, z.shape[-1] * factor
+        total, weights = z.new_zeros(len(z), 3, height, width), z.new_zeros(height, width)
+        for top in _starts(z.shape[-2], size):
+            for left in _starts(z.shape[-1], size):
+                tile = self._decode(z[..., top : top + size, left : left + size])
+                rows, columns = (
+                    torch.minimum(ramp := torch.arange(1, n + 1, device=z.device) / n, ramp.flip(0))
+                    for n in tile.shape[-2:]
+                )
+                weight = rows[:, None] * columns
+                place = (
+                    ...,
+                    slice(top * factor, top * factor + len(rows)),
+                    slice(left * factor, left * factor + len(columns)),
+                )
+                total[place] += tile * weight
+                weights[place] += weight
+        return total / weights
 
     @property
     def _like(self) -> Tensor:
-        """A tensor of the weights' device and dtype."""
+        """A tensor of the weights' device and dtype.
+
+        An autoencoder whose activations overflow in float16, as SDXL's do (`force_upcast`), leaves float16 for float32.
+        """
+        like = next(self.model.parameters())
+        if like.dtype == torch.float16 and self.model.config.get("force_upcast"):
+            self.model.float()
         return next(self.model.parameters())
 
 
@@ -72,19 +119,21 @@ def load_autoencoder(
     does not load.
     """
     folder = _folder(name)
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+    weights = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(FILES[1]))
+    if not weights:
         raise UserError(f"The autoencoder {name!r} has no file {WEIGHTS} in {folder}; choose one that has.")
     with loading(f"autoencoder in {folder}", library="diffusers") as diffusers:
         kind = diffusers.AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
-        if kind != "AutoencoderKL":
-            raise UserError(f"{folder} holds a {kind}; so far, autoencoders of the class AutoencoderKL can be loaded.")
-        model, report = diffusers.AutoencoderKL.from_pretrained(
+        if kind not in KINDS:
+            raise UserError(
+                f"{folder} holds a {kind}; autoencoders of these classes can be loaded: {', '.join(KINDS)}."
+            )
+        model, report = getattr(diffusers, kind).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
     if missing := report["missing_keys"]:
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
-    return Autoencoder(model, name=name, sha256=sha256(weights)).to(device=device, dtype=dtype)
+    return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
 
 
 def _folder(name: str) -> Path:
@@ -96,3 +145,9 @@ def _folder(name: str) -> Path:
 
 def _at_once(pixels: int) -> int:
     return max(1, PIXELS_AT_ONCE // pixels)
+
+
+def _starts(length: int, size: int) -> Iterator[int]:
+    """Where tiles of `size` begin along a side: the last one ends with it."""
+    yield from range(0, max(length - size, 0), size * 3 // 4)
+    yield max(length - size, 0)

@@ -18,16 +18,16 @@ from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
 
 T = TypeVar("T")
-VERSION = 1
+FORMAT, VERSION = "micro-diffusion model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A pretrained part by name, and the hash of its weights file: other weights would make other pictures."""
+    """A pretrained part by name, and the hash of its weights: other weights would make other pictures."""
 
     name: str
-    sha256: str
+    sha256: str | None  # None: not known, as for the parts of the released models
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ModelCard:
         (name,) = (name for name, kind in OBJECTIVES.items() if type(self.objective) is kind)
         values = dataclasses.asdict(self)
         values["objective"] = {"name": name, **values["objective"]}
-        return json.dumps({"format": "micro-diffusion model", "version": VERSION, **values}, indent=2) + "\n"
+        return json.dumps({"format": FORMAT, "version": VERSION, **values}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "ModelCard":
@@ -57,7 +57,7 @@ class ModelCard:
             values = json.loads(text)
         except ValueError as error:
             raise UserError(f"{CONFIG} is not JSON ({error}); copy the model folder again.") from error
-        if not isinstance(values, dict) or values.pop("format", None) != "micro-diffusion model":
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
             raise UserError(f"{CONFIG} does not describe a model of this program; give a run's model folder.")
         if (version := values.pop("version", None)) != VERSION:
             raise UserError(f"{CONFIG} has version {version}, this program reads {VERSION}; install the newer program.")
@@ -74,36 +74,55 @@ def save_model(folder: Path, dit: DiT, *, card: ModelCard) -> None:
     """Write the model folder; whole or not at all."""
     if card.dit != dit.config:
         raise ValueError("the card describes another transformer")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in dit.state_dict().items()}
+    write_folder(folder, dit.state_dict(), card=card)
+
+
+def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard) -> None:
+    """Write a model folder from tensors, in the dtypes that they have."""
     with atomic_folder(folder) as temporary:
-        save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_atomic(temporary / CONFIG, card.to_json())
 
 
 def load_model(folder: Path) -> tuple[DiT, ModelCard]:
     """The transformer of a model folder, on the CPU in float32, and its card; UserError if anything does not fit."""
-    folder = Path(folder)
+    weights, card = read_folder(Path(folder))
+    return build(weights, card, where=str(folder)), card
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
+    """The tensors and the card of a model folder; UserError if they cannot be read."""
     for file in (CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"{folder} is not a model folder: it has no {file}.")
     card = ModelCard.from_json((folder / CONFIG).read_text(encoding="utf-8"))
+    return read_safetensors(folder / WEIGHTS), card
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file; UserError if it is damaged."""
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(folder / WEIGHTS).items()}
+        return load_file(path)
     except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS} is damaged ({error}); copy it again.") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from error
+
+
+def build(weights: Mapping[str, Tensor], card: ModelCard, *, where: str) -> DiT:
+    """The card's transformer with these weights, in float32; UserError if they do not fit."""
     try:
         with torch.device("meta"):  # no time spent on initial weights
             dit = DiT(card.dit)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{folder / CONFIG} describes no possible model: {error}.") from error
-    _check_fit(weights, dit.state_dict(), where=str(folder))
-    dit.load_state_dict(weights, assign=True)
-    return dit, card
+        raise UserError(f"{where} describes no possible model: {error}.") from error
+    _check_fit(weights, dit.state_dict(), where=where)
+    dit.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return dit
 
 
 def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, where: str) -> None:
     """Raise UserError for the first tensor that is missing, unknown or of another shape."""
-    advice = f"{CONFIG} and {WEIGHTS} of {where} belong to different models"
+    advice = f"The weights in {where} are not of the model that their configuration describes"
     for name, tensor in wanted.items():
         if name not in weights:
             raise UserError(f"{advice}: the tensor {name} is missing.")

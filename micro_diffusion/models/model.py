@@ -7,18 +7,26 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from micro_diffusion.diffusion.guidance import guided
 from micro_diffusion.diffusion.objectives import EDM, Flow, Network, Prediction
-from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser
+from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
-from micro_diffusion.models.checkpoints import Part, load_model
+from micro_diffusion.models.checkpoints import ModelCard, Part
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.text_encoders import TextEncoder, TextFeatures, load_text_encoder, text_encoder_width
+from micro_diffusion.models.released import SDXL, load_checkpoint
+from micro_diffusion.models.text_encoders import (
+    DFN5B,
+    TextEncoder,
+    TextFeatures,
+    load_text_encoder,
+    text_encoder_width,
+    text_mask_policy,
+)
 from micro_diffusion.runtime.device import autocast
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed
@@ -58,20 +66,58 @@ class LatentDiffusion(nn.Module):
     @classmethod
     def from_folder(cls, folder: Path, *, device: torch.device | str = "cpu") -> "LatentDiffusion":
         """The model of a run's model folder; UserError if an encoder is not the one that it was trained with."""
-        dit, card = load_model(folder)
+        return cls.from_checkpoint(str(folder), device=device)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        name: str,
+        *,
+        device: torch.device | str = "cpu",
+        autoencoder: str | None = None,
+        text_encoder: str | None = None,
+        precision: str = "bf16",
+    ) -> "LatentDiffusion":
+        """A released or own model, by a name or path that `read_checkpoint` takes."""
+        dit, card = load_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
+        return cls.from_card(dit.to(device), card, precision=precision)
+
+    @classmethod
+    def from_card(cls, dit: DiT, card: ModelCard, *, precision: str = "bf16") -> "LatentDiffusion":
+        """A transformer with the parts that its card names; UserError at the first use of one with other weights."""
         return cls(
-            dit.to(device),
+            dit,
             card.objective,
             load_vae=lambda: _same(load_autoencoder(card.autoencoder.name), card.autoencoder),
             load_text_encoder=lambda: _same(load_text_encoder(card.text_encoder.name), card.text_encoder),
             text_length=card.text_length,
+            precision=precision,
+        )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads `dit.*` alone: what a whole model's state has of `vae` and `text_encoder` was never trained."""
+        parts = tuple(f"{name}." for name in self._loaders)
+        weights = {name: tensor for name, tensor in state_dict.items() if not name.startswith(parts)}
+        beside = [name for name in weights if not name.startswith("dit.")]
+        if strict and beside:
+            raise UserError(f"A whole model's state has dit.*, vae.* and text_encoder.*, and no {beside[0]}.")
+        return self.dit.load_state_dict(
+            {name.removeprefix("dit."): tensor for name, tensor in weights.items()}, strict=strict, assign=assign
         )
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there yet: loads the autoencoder or the text encoder."""
         loaders = self.__dict__.get("_loaders", {})
         if name in loaders and name not in self._modules:
-            setattr(self, name, loaders[name]().to(self.device))
+            part, config = loaders[name](), self.dit.config
+            takes = config.in_channels if name == "vae" else config.caption_channels
+            gives = part.channels if isinstance(part, Autoencoder) else part.width
+            if takes != gives:
+                kind = "latent channels" if name == "vae" else "wide text"
+                raise UserError(
+                    f"The model takes {takes} {kind}, but {part.name!r} gives {gives}; name another {name}."
+                )
+            setattr(self, name, part.to(self.device))
         return super().__getattr__(name)
 
     @property
@@ -84,34 +130,41 @@ class LatentDiffusion(nn.Module):
         """Where the transformer is."""
         return next(self.dit.parameters()).device
 
-    def encode_prompts(self, prompts: Sequence[str]) -> TextFeatures:
-        """Text features of the length that the transformer was trained with, if that was fixed."""
-        states, mask = self.text_encoder.encode(prompts)
-        missing = (self.text_length or states.shape[1]) - states.shape[1]  # below zero cuts
+    def encode_prompts(
+        self, prompts: Sequence[str] | Int[Tensor, "*b l"], attention_mask: Int[Tensor, "*b l"] | None = None
+    ) -> TextFeatures:
+        """Text features of prompts or their tokens, of the length that the transformer was trained with, if fixed."""
+        states, mask = self.text_encoder.encode(prompts, attention_mask)
+        whole = self.dit.config.text_mask == "none"  # where all positions count, their number must not depend on others
+        length = self.text_length or (self.text_encoder.max_length if whole else states.shape[1])
+        missing = length - states.shape[1]  # below zero cuts
         return TextFeatures(F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing)))
 
     @torch.no_grad()
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | Sequence[str] | None = None,
+        tokenized_prompts: Int[Tensor, "*b l"] | None = None,
         *,
+        attention_mask: Int[Tensor, "*b l"] | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 5.0,
         guidance_interval: tuple[float, float] | None = None,
         sampler: str = "heun",
         seed: Seed = None,
+        noise: Float[Tensor, "b c h w"] | None = None,
         return_only_latents: bool = False,
         batch_size: int = 16,
-    ) -> Float[Tensor, "b c h w"]:
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, "b channels height width"]:
         """Pictures in [0, 1], one a prompt, or their latents; `batch_size` at a time.
 
-        Picture i starts from noise of (seed, i), or of its own seed if a list is given, whatever the batches; None is
-        fresh noise. Raises UserError for an empty list of prompts and for unknown settings.
+        Prompts may come as tokens, (b, l) or (b, 1, l), with the mask that `tokenizer.tokenize` gives. Picture i starts
+        from noise of (seed, i), or of its own seed if a list is given, whatever the batches; None is fresh noise. Unit
+        `noise` may be given instead. Raises UserError for an empty list of prompts and for unknown settings.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("There is nothing to draw: give at least one prompt.")
+        prompts = _prompts(prompt, tokenized_prompts)
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if negatives is not None and len(negatives) != len(prompts):
             raise UserError(
@@ -124,18 +177,14 @@ class LatentDiffusion(nn.Module):
         results = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
+            text = self.encode_prompts(prompts[part], None if attention_mask is None else attention_mask[part])
             latents = sample_latents(
-                self.dit,
-                self.objective,
-                self.encode_prompts(prompts[part]),
-                self.noise(seeds[part]),
+                self.dit, self.objective, text,
+                self.noise(seeds[part]) if noise is None else noise[part].to(self.device),
                 negative=None if negatives is None else self.encode_prompts(negatives[part]),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_interval=guidance_interval,
-                sampler=sampler,
-                precision=self.precision,
-            )
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                guidance_interval=guidance_interval, sampler=sampler, precision=self.precision, on_step=on_step,
+            )  # fmt: skip
             results.append(latents if vae is None else vae.decode(latents))
         return torch.cat(results)
 
@@ -174,8 +223,8 @@ class LatentDiffusion(nn.Module):
 
 
 def create_latent_diffusion(
-    vae_name: str = "stabilityai/stable-diffusion-xl-base-1.0",
-    text_encoder_name: str = "openclip:hf-hub:apple/DFN5B-CLIP-ViT-H-14-378",
+    vae_name: str = SDXL,
+    text_encoder_name: str = DFN5B,
     *,
     dit_arch: str = "MicroDiT_XL_2",
     latent_res: int = 32,
@@ -189,8 +238,9 @@ def create_latent_diffusion(
 ) -> LatentDiffusion:
     """A new model with random weights and the paper's parts.
 
-    Captions are masked ("padding") but with OpenCLIP, whose released models attend to all 77 positions. With
-    `precomputed_latents`, training takes latents, and the encoders are loaded at their first use, otherwise at once.
+    Captions are masked ("padding") but with OpenCLIP, whose released models attend to all 77 positions, or where the
+    text encoder's name says `?mask=none`. With `precomputed_latents`, training takes latents, and the encoders are
+    loaded at their first use, onto the transformer's device, otherwise at once.
     """
     precisions = {"bfloat16": "bf16", "float32": "float32"}
     if dit_arch not in PRESETS or dtype not in precisions:
@@ -202,7 +252,7 @@ def create_latent_diffusion(
         in_channels=in_channels,
         caption_channels=text_encoder_width(text_encoder_name),
         pos_interp_scale=pos_interp_scale,
-        text_mask="none" if text_encoder_name.startswith("openclip:") else "padding",
+        text_mask=text_mask_policy(text_encoder_name),
     )
     model = LatentDiffusion(
         DiT(config),
@@ -231,12 +281,15 @@ def sample_latents(
     guidance_interval: tuple[float, float] | None = None,
     sampler: str = "heun",
     precision: str = "bf16",
+    on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Latents from unit noise; guided away from `negative`, which is the null caption by default."""
     if sampler not in SAMPLERS:
         raise UserError(f"There is no sampler {sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
     if num_inference_steps < 1:
         raise UserError(f"{num_inference_steps} sampling steps are too few; one is the least.")
+    if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
+        raise UserError(f"The guidance interval {guidance_interval} is empty; give a lower and a higher noise level.")
     if negative is None:
         dropped = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
         states, mask = null_caption(text.states, text.mask, dropped)
@@ -248,7 +301,7 @@ def sample_latents(
 
     denoise = guided(denoiser(text), denoiser(negative), scale=guidance_scale, interval=guidance_interval)
     levels = objective.levels(num_inference_steps)
-    return SAMPLERS[sampler](denoise, objective.start(noise), levels, alpha=objective.alpha)
+    return SAMPLERS[sampler](denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
 
 
 def text_network(
@@ -259,9 +312,13 @@ def text_network(
     mask_ratio: float = 0.0,
     mask_noise: Float[Tensor, "b t"] | None = None,
 ) -> Network:
-    """The transformer as an objective calls it: with its text, encoded once, and its precision fixed."""
+    """The transformer as an objective calls it: with its text, encoded once, and its precision fixed.
+
+    Weights in bfloat16 compute in bf16 on every device.
+    """
     device = text.states.device
-    precision = precision if device.type == "cuda" else "float32"
+    if device.type != "cuda":
+        precision = "bf16" if dit.x_embedder.proj.weight.dtype == torch.bfloat16 else "float32"
     with autocast(device, precision):
         encoded = dit.encode_text(text.states, text.mask)
 
@@ -271,6 +328,17 @@ def text_network(
             return dit(x, noise_label, encoded, mask_ratio=mask_ratio, mask_noise=mask_noise if mask_ratio else None)
 
     return network
+
+
+def _prompts(
+    prompt: str | Sequence[str] | None, tokens: Int[Tensor, "*b l"] | None
+) -> Sequence[str] | Int[Tensor, "*b l"]:
+    if tokens is not None and prompt is None:
+        return tokens
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if not prompts or tokens is not None:
+        raise UserError("There is nothing to draw: give at least one prompt, or tokenized_prompts in their place.")
+    return prompts
 
 
 def picture_seeds(seed: Seed, count: int) -> list[int]:
@@ -286,7 +354,7 @@ def picture_seeds(seed: Seed, count: int) -> list[int]:
 
 def _same(loaded: PartT, wanted: Part) -> PartT:
     """The part, if its weights are the wanted ones."""
-    if loaded.sha256 != wanted.sha256:
+    if wanted.sha256 is not None and loaded.sha256 != wanted.sha256:
         raise UserError(
             f"The model was trained with another {wanted.name!r} than the one here (sha256 {wanted.sha256[:12]}, "
             f"not {loaded.sha256[:12]}); install or point to the same weights."

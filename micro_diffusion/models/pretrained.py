@@ -1,25 +1,97 @@
-"""Finding and loading parts that others trained: local folders, the hub, optional packages."""
+"""Finding and loading parts that others trained: local folders, the hub, pickles, optional packages."""
 
 import contextlib
+import datetime
+import hashlib
 import importlib
+import os
+import zipfile
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from pickle import UnpicklingError
 from types import ModuleType
+from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, sha256
+
+PACKAGES = {"open_clip": "open_clip_torch"}  # where the name to install is not the one to import
+
+# What Composer's training checkpoints hold besides tensors: times and the state of numpy's generator. Plain data.
+_ARRAY: Any = np.zeros(0).__reduce__()[0]
+HARMLESS: list[Any] = [datetime.timedelta, np.ndarray, np.dtype, np.dtypes.UInt32DType]
+HARMLESS += [(_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
-def part_folder(name: str, files: Sequence[str]) -> Path:
-    """The local folder of a part: `name` itself, or its `files` (patterns) from the hub or the hub's cache."""
+def part_folder(name: str, files: Sequence[str], *, weights: Sequence[Sequence[str]] = ()) -> Path:
+    """The local folder of a part: `name` itself, or its `files` (patterns) from the hub or the hub's cache.
+
+    `weights` are groups of patterns; the first group of which the hub has anything is fetched too.
+    """
     if Path(name).is_dir():
         return Path(name)
     hub = optional_package("huggingface_hub")
-    try:
+    with _from_hub(name):
+        for group in weights:
+            folder = Path(hub.snapshot_download(name, allow_patterns=[*files, *group]))
+            found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+            if any(fnmatch(path, pattern) for path in found for pattern in group):
+                return folder
         return Path(hub.snapshot_download(name, allow_patterns=list(files)))
-    except (OSError, ValueError) as error:
-        raise UserError(f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}).") from error
+
+
+def hub_file(repository: str, file: str) -> Path:
+    """One file of a repository, from the hub or the hub's cache."""
+    hub = optional_package("huggingface_hub")
+    with _from_hub(f"{repository}/{file}"):
+        return Path(hub.hf_hub_download(repository, file))
+
+
+@contextlib.contextmanager
+def _from_hub(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # of network, name, permission and cache alike
+        raise UserError(
+            f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}); "
+            "check the name and the network, or download it elsewhere and give the folder."
+        ) from error
+
+
+def load_pickle(path: Path) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file. Runs no code: UserError if it is not plain data."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"{path} is no file of tensors alone, and no other is opened: a pickle can run code ({_asked(error)}). "
+            "If you trust it, load it where it was made and save its state_dict() alone."
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); copy it again.") from error
+
+
+def _asked(error: UnpicklingError) -> str:
+    """What the pickle asked for, out of torch's long message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line.split(". ")[0] for line in lines if "GLOBAL" in line or "global" in line), lines[0])
+
+
+def weights_sha256(files: Sequence[Path]) -> str:
+    """The hash of a weights file; of several, the hash of their hashes."""
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where what was made of downloads is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-diffusion")
 
 
 def optional_package(name: str) -> ModuleType:
@@ -27,7 +99,8 @@ def optional_package(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        missing = (error.name or name).replace("_", "-")
+        absent = error.name or name
+        missing = PACKAGES.get(absent, absent.replace("_", "-"))
         raise UserError(f"The package {missing} is missing; install it with: pip install {missing}") from error
 
 

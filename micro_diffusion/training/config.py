@@ -98,6 +98,10 @@ class Recipe:
     text_encoder: str = "embedded"
     text_length: int | None = None
     """Text positions of every batch; None is the longest caption of each batch."""
+    start_from: str | None = None
+    """The checkpoint whose weights the first stage starts with; None is random weights."""
+    start_from_sha256: str | None = None
+    """Hash of those weights."""
     precision: Literal["float32", "bf16"] = "float32"
     """Of the network's forward pass; weights, optimizer and loss stay float32."""
     compile: bool = False
@@ -154,6 +158,7 @@ class Recipe:
             )
         _require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
         _require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
+        _require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
         edm = self.objective == "edm"
         _require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
         _require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")

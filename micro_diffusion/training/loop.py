@@ -47,15 +47,17 @@ def train(
     release: Callable[[Path, State], None],
     validation: Mapping[int, Loader] | None = None,
     hooks: Sequence[Hook] = (),
+    weights: Mapping[str, Tensor] | None = None,
 ) -> DiT:
     """Train through all stages in the folder `run`, going on from its newest checkpoint; return the released weights.
 
     `loaders` and `validation` are by resolution, `downscale` is pixels to a latent, and `release(folder, state)` writes
-    a model folder, at the end of each stage. Raises UserError for a recipe that cannot run and Interrupted on a signal.
+    a model folder, at the end of each stage. `weights` are those of `recipe.start_from`, for a run that begins with it.
+    Raises UserError for a recipe that cannot run and Interrupted on a signal.
     """
     recipe.validate()
     _check_loaders(recipe, loaders, validation)
-    state = _open_run(run, recipe, downscale=downscale, device=device)
+    state = _open_run(run, recipe, downscale=downscale, device=device, weights=weights)
     log = RunLog(run / "log.jsonl", images=state.images)
     if validation is not None:
         hooks = (Validation(validation, recipe), *hooks)
@@ -173,7 +175,9 @@ def _check_loaders(recipe: Recipe, loaders: Mapping[int, Loader], validation: Ma
         raise UserError("validate_every does nothing without held-out rows: set it to 0, or prepare some")
 
 
-def _open_run(run: Path, recipe: Recipe, *, downscale: int, device: torch.device) -> State:
+def _open_run(
+    run: Path, recipe: Recipe, *, downscale: int, device: torch.device, weights: Mapping[str, Tensor] | None
+) -> State:
     """The state to go on from; UserError if the folder holds a run with another recipe."""
     checkpoints, saved = run / "checkpoints", run / "recipe.json"
     checkpoints.mkdir(parents=True, exist_ok=True)
@@ -183,6 +187,12 @@ def _open_run(run: Path, recipe: Recipe, *, downscale: int, device: torch.device
         write_atomic(saved, recipe.to_json())
     remove_leftovers(checkpoints)
     newest = checkpoint.latest(checkpoints)
+    if newest is None and recipe.start_from is not None:
+        if weights is None:
+            raise UserError(f"the recipe starts from {recipe.start_from}: name that with --start-from")
+        state = first_state(recipe, downscale=downscale, device=device, weights=weights)
+        checkpoint.save(checkpoints, state, recipe)  # so that the run can go on without them
+        return state
     if newest is None:
         return first_state(recipe, downscale=downscale, device=device)
     logger.info("resuming from %s", newest)

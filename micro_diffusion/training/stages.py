@@ -1,5 +1,6 @@
 """The state of a run, and what one stage hands to the next."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,11 +31,23 @@ class State:
         return self.ema.dit if self.ema else self.dit
 
 
-def first_state(recipe: Recipe, *, stage: int = 0, downscale: int, device: torch.device) -> State:
-    """A new model, the same for the same seed, in the shape of the given stage."""
+def first_state(
+    recipe: Recipe,
+    *,
+    stage: int = 0,
+    downscale: int,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+) -> State:
+    """A new model in the shape of the given stage: random, the same for the same seed, or with `weights`.
+
+    The positions are the stage's own in any case.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         dit = DiT(recipe.stage_model(recipe.stages[stage], downscale=downscale)).to(device)
+    if weights is not None:
+        dit.load_state_dict({**weights, "pos_embed": dit.pos_embed})
     optimizer = make_optimizer(dit.parameters(), recipe)
     return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
 

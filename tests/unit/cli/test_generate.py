@@ -1,4 +1,4 @@
-"""Prompts, names and files; the model is a stand-in that paints each prompt's seed."""
+"""Prompts, names and files; where it says painter, the model is a stand-in that paints each prompt's seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from real_formats import tiny_preset, write_official, write_vae
+from tiny_parts import TEXT_WIDTH, write_text_encoder
 
 from micro_diffusion.cli import generate as verb
 from micro_diffusion.cli.generate import Generate, file_name
+from micro_diffusion.cli.main import main
+from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.files import UserError
 
 
@@ -29,7 +33,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     made = Painter()
-    monkeypatch.setattr(verb, "open_model", lambda folder, device: made)
+    monkeypatch.setattr(verb, "open_model", lambda name, **settings: made)
     return made
 
 
@@ -55,7 +59,7 @@ def test_a_template_takes_words_with_braces() -> None:
         ({"template": "{} and {}", "fill": ("a",)}, "2 gaps"),
         ({"prompts": ("a",), "fill": ("a",)}, "0 gaps"),
         ({"prompts": ("a",), "steps": 0}, "at least 1"),
-        ({"prompts": ("a",)}, "no model folder"),
+        ({"prompts": ("a",)}, "no file or folder"),
     ],
 )
 def test_what_cannot_be_drawn_gets_one_sentence(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -101,3 +105,52 @@ def test_stopping_leaves_whole_pictures_only(painter: Painter, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["001-a-cat.png"]
     with Image.open(tmp_path / "001-a-cat.png") as picture:
         picture.load()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Arguments for an official file with local encoders."""
+    monkeypatch.setitem(PRESETS, "tiny", tiny_preset)
+    write_official(tmp_path / "dit.pt", tiny_preset(caption_channels=TEXT_WIDTH))
+    parts = write_vae(tmp_path / "vae") and tmp_path / "vae", write_text_encoder(tmp_path / "text")
+    return [
+        "generate", "--checkpoint", str(tmp_path / "dit.pt"), "--autoencoder", str(parts[0]),
+        "--text-encoder", str(parts[1]), "--out", str(tmp_path / "out"), "--device", "cpu", "--steps", "2",
+    ]  # fmt: skip
+
+
+def test_an_official_file_on_the_command_line(checkpoint: list[str], tmp_path: Path) -> None:
+    def draw(*options: str) -> Image.Image:
+        assert main([*checkpoint, "a cat", *options]) == 0
+        with Image.open(tmp_path / "out" / "001-a-cat.png") as picture:
+            return picture.copy()
+
+    plain, narrow = draw(), draw("--guidance-interval", "0.001", "0.01")
+    assert plain.size == narrow.size == (64, 64) and plain.tobytes() != narrow.tobytes()
+    assert "guidance 3 from 0.001 to 0.01" in narrow.info["settings"]
+    assert draw("--precision", "float32").tobytes() == plain.tobytes()  # the CPU has no other
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--guidance-interval", "5", "1"], "guidance interval (5.0, 1.0) is empty"),
+        (["--sampler", "ddim"], "no sampler 'ddim'"),
+        (["--autoencoder", "no/such"], "check the name and the network"),
+    ],
+)
+def test_bad_options_get_one_sentence(
+    checkpoint: list[str], options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*checkpoint, "a cat", *options]) == 2
+    shown = capsys.readouterr().err
+    assert words in shown and shown.count("\n") == 1
+
+
+def test_too_many_pictures_for_the_memory(painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any, **settings: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(painter, "generate", full)
+    with pytest.raises(UserError, match="2 pictures at once .* lower --batch-size"):
+        Generate(Path("m"), ("a cat", "a dog"), out=tmp_path)()

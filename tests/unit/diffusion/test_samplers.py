@@ -132,3 +132,17 @@ def test_state_falls_back_to_float32(name, objective, monkeypatch):
     assert single.dtype == double.dtype == torch.float32
     torch.testing.assert_close(single, double, rtol=1e-4, atol=0)
     assert not torch.equal(single, double)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_each_step_is_shown_and_may_be_changed(sampler: str) -> None:
+    levels, seen = EDM().levels(4), []
+
+    def on_step(step: int, level: float, state: torch.Tensor) -> torch.Tensor:
+        seen.append((step, level, state.dtype))
+        return state * 0 if step == 3 else state
+
+    x = torch.randn(2, 3, 4, 4)
+    out = SAMPLERS[sampler](lambda x, level: x * 0.5, x, levels, alpha=EDM().alpha, on_step=on_step)
+    assert seen == [(i, level, torch.float64) for i, level in enumerate(levels[:-1].tolist())]
+    assert not out.any()

@@ -1,0 +1,202 @@
+"""Checkpoints by name: the paper's released models, official .pt files, Composer's checkpoints, model folders."""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from micro_diffusion.diffusion.objectives import EDM
+from micro_diffusion.models.checkpoints import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    ModelCard,
+    Part,
+    build,
+    read_folder,
+    read_safetensors,
+)
+from micro_diffusion.models.dit import DiT, DiTConfig
+from micro_diffusion.models.pos_embed import sincos_2d
+from micro_diffusion.models.presets import PRESETS
+from micro_diffusion.models.pretrained import first_line, hub_file, load_pickle, part_folder
+from micro_diffusion.models.text_encoders import DFN5B, T5_XXL
+from micro_diffusion.runtime.files import UserError
+
+SDXL, OSTRIS = "stabilityai/stable-diffusion-xl-base-1.0", "ostris/vae-kl-f8-d16"
+AUTOENCODERS = {4: SDXL, 16: OSTRIS}  # of official checkpoints, by channels
+TEXT_ENCODERS = {1024: (DFN5B, 77), 4096: (f"{T5_XXL}?mask=none", 120)}  # by width, with their positions
+HUB = "VSehwag24/MicroDiT"
+PIPELINE_WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Released:
+    """A released model with its results as published: FID-30K on COCO 2014, and GenEval."""
+
+    data: str
+    channels: int
+    fid: float
+    geneval: float
+
+    @property
+    def autoencoder(self) -> str:
+        """The one whose latents it draws."""
+        return AUTOENCODERS[self.channels]
+
+
+RELEASED = {
+    "dit_4_channel_22M_real_only_data.pt": Released("22 M real", 4, fid=12.72, geneval=0.46),
+    "dit_4_channel_37M_real_and_synthetic_data.pt": Released("37 M real and synthetic", 4, fid=12.66, geneval=0.46),
+    "dit_16_channel_37M_real_and_synthetic_data.pt": Released("37 M real and synthetic", 16, fid=13.04, geneval=0.40),
+    "dit_4_channel_0.5B_synthetic_data.pt": Released("490 M synthetic", 4, fid=13.26, geneval=0.52),
+}
+
+
+def load_checkpoint(
+    name: str, *, autoencoder: str | None = None, text_encoder: str | None = None
+) -> tuple[DiT, ModelCard]:
+    """The transformer of a checkpoint, on the CPU in float32, and its card; see `read_checkpoint`."""
+    weights, card = read_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
+    return build(weights, card, where=name), card
+
+
+def read_checkpoint(
+    name: str, *, autoencoder: str | None = None, text_encoder: str | None = None
+) -> tuple[dict[str, Tensor], ModelCard]:
+    """The tensors, as they are stored, and the card of a run, a model or pipeline folder, a .pt or .safetensors file.
+
+    `name` is a path, a released model's file name, or on the hub `OWNER/NAME` (a folder) or `OWNER/NAME/FILE`. A file
+    with a .json of the same name beside it is described by that, any other by its shapes. `autoencoder` and
+    `text_encoder` name other parts than the card. Raises UserError for what is not there, damaged or of no known shape.
+    """
+    path = _find(name)
+    if path.is_dir():
+        weights, card = _read_folder(path)
+    else:
+        weights = _transformer(read_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path), path)
+        beside = path.with_suffix(".json")
+        if beside.is_file() and FORMAT in (text := beside.read_text(encoding="utf-8")):
+            card = ModelCard.from_json(text)
+        else:
+            card = _card(weights, path, autoencoder=autoencoder, text_encoder=text_encoder)
+    if autoencoder:
+        card = replace(card, autoencoder=Part(autoencoder, None))
+    if text_encoder:
+        card = replace(card, text_encoder=Part(text_encoder, None))
+    return weights, card
+
+
+def hash_tensors(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and bits, the same in whatever format they were stored."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _find(name: str) -> Path:
+    path = Path(name)
+    if path.exists():
+        return path
+    file = path.name if path.name in RELEASED else f"{path.name}.pt"
+    repository = name.removesuffix(path.name).rstrip("/")
+    if file in RELEASED and repository in ("", HUB):
+        return hub_file(HUB, file)
+    if name == HUB:
+        raise UserError(f"{HUB} holds several models; choose one of: {', '.join(RELEASED)}.")
+    if not path.is_absolute() and repository.count("/") == 1 and path.suffix in (".pt", ".safetensors"):
+        return hub_file(repository, path.name)
+    if not path.is_absolute() and name.count("/") == 1 and not path.suffix:
+        return part_folder(
+            name, [CONFIG, "model_index.json", "transformer/config.json"], weights=[[WEIGHTS, "transformer/*"]]
+        )
+    raise UserError(f"There is no file or folder {name}, and no released model of that name ({', '.join(RELEASED)}).")
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
+    """Of a run, a model folder, or a pipeline folder."""
+    if (folder / "model").is_dir():
+        folder = folder / "model"
+    elif (folder / "checkpoints").is_dir():
+        raise UserError(f"The run {folder} has no model yet: it appears at the end of the first stage.")
+    if (folder / "transformer").is_dir():
+        config, weights = folder / "transformer" / CONFIG, folder / PIPELINE_WEIGHTS
+        card = json.loads(config.read_text(encoding="utf-8")).get("card") if config.is_file() else None
+        if card is None or not weights.is_file():
+            raise UserError(f"{folder} is no pipeline folder of this program: export one with --to diffusers.")
+        tensors = {name.removeprefix("dit."): tensor for name, tensor in read_safetensors(weights).items()}
+        return tensors, ModelCard.from_json(json.dumps(card))
+    return read_folder(folder)
+
+
+def _transformer(content: Any, path: Path) -> dict[str, Tensor]:
+    """The transformer's tensors in what an official file or one of Composer's holds."""
+    if isinstance(content, dict) and isinstance(content.get("state"), dict):
+        content = content["state"].get("model")
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(
+            f"{path} holds no state dict of a transformer; give one of the released files or a model folder."
+        )
+    whole = any(name.startswith("dit.") for name in content)
+    return {
+        name.removeprefix("dit."): tensor for name, tensor in content.items() if name.startswith("dit.") or not whole
+    }
+
+
+def _card(weights: Mapping[str, Tensor], path: Path, *, autoencoder: str | None, text_encoder: str | None) -> ModelCard:
+    """What the paper's models have in common, at the sizes that the shapes tell."""
+    config = config_from_shapes(weights, where=str(path))
+    width, channels = config.caption_channels, config.in_channels
+    if not (text_encoder or width in TEXT_ENCODERS) or not (autoencoder or channels in AUTOENCODERS):
+        raise UserError(
+            f"{path} has {channels} latent channels and text {width} wide: name its --autoencoder and --text-encoder."
+        )
+    name, length = TEXT_ENCODERS.get(width, (text_encoder or "", None))
+    fine = config.pos_interp_scale > 1  # the paper's stages at 512 px
+    return ModelCard(
+        dit=config,
+        objective=EDM(p_mean=0.0, p_std=0.6) if fine else EDM(),
+        autoencoder=Part(autoencoder or AUTOENCODERS[channels], None),
+        text_encoder=Part(text_encoder or name, None),
+        resolution=config.latent_size[0] * 8,
+        images_seen=0,
+        recipe=path.stem,
+        text_length=length,
+    )
+
+
+def config_from_shapes(weights: Mapping[str, Tensor], *, where: str) -> DiTConfig:
+    """The preset of these shapes, with latents and positions read from `pos_embed`; UserError if there is none."""
+    try:
+        dim, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+        caption_channels = weights["y_embedder.y_proj.fc1.weight"].shape[1]
+        positions = weights["pos_embed"].float()
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{where} is no MicroDiT checkpoint: it lacks {first_line(error)}.") from error
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    side = math.isqrt(positions.shape[1])
+    # the second patch is one column on: its first channel is sin(1 / scale)
+    scale = 1 / math.asin(min(1.0, max(1e-3, positions[0, 1, 0].item()))) if side > 1 else 1.0
+    near = round(4 * scale) / 4  # what it was before it was rounded to bfloat16
+    scale = near if abs(near - scale) < 0.01 * scale else round(scale, 3)
+    sizes = {(c.dim, c.depth, c.patch_size): make for make in PRESETS.values() for c in [make()]}
+    if (dim, depth, patch_size) not in sizes:
+        raise UserError(f"{where} is {dim} wide and {depth} deep, like none of: {', '.join(PRESETS)}.")
+    expected = sincos_2d(dim, side, side, scale=scale)[None]
+    if positions.shape != expected.shape or not torch.allclose(positions, expected, atol=1e-2):
+        raise UserError(f"The positions in {where} are not those of square latents; give the model folder instead.")
+    return sizes[dim, depth, patch_size](
+        input_size=side * patch_size,
+        in_channels=channels,
+        caption_channels=caption_channels,
+        pos_interp_scale=scale,
+        text_mask="none",
+    )
