@@ -30,6 +30,7 @@ MEMORISES = (
     "when it is given their captions. That shows that every part works, from the pictures to the sampler. It does not "
     "show that the model can draw what it never saw: that takes more pictures and more time, as in the commands below."
 )
+WITHIN = "Stages differ in resolution and masking, so losses compare within a stage only."
 
 
 @dataclass(frozen=True)
@@ -253,14 +254,7 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
                 caption="The same prompts and noise after each of the four stages.",
             ),
         ),
-        Section(
-            "Loss",
-            figure(
-                figures["loss"],
-                alt="Training loss over images seen",
-                caption="Stages differ in resolution and masking, so losses compare within a stage only.",
-            ),
-        ),
+        Section("Loss", figure(figures["loss"], alt="Training loss over images seen", caption=WITHIN)),
         Section("Settings", facts(settings)),
         Section(f"Time and machine: {minutes:.1f} minutes", facts({**times, **memory, **results["machine"]})),
         Section("Go on from here", commands(go_on)),

@@ -18,19 +18,19 @@ def quickstart() -> Recipe:
         model=PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding"),
         stages=(
             Stage(
-                name="64 px masked", resolution=64, images=64 * 500, batch_size=64, mask_ratio=0.5,
+                name="64 px masked", resolution=64, images=64 * 300, batch_size=64, mask_ratio=0.5,
                 learning_rate=2e-3, warmup_images=64 * 50, clip_norm=1.0, start="scratch",
             ),
             Stage(
-                name="64 px", resolution=64, images=64 * 200, batch_size=64,
+                name="64 px", resolution=64, images=64 * 100, batch_size=64,
                 learning_rate=1e-3, clip_norm=1.0, start="all_but_schedule",
             ),
             Stage(
-                name="128 px masked", resolution=128, images=64 * 500, batch_size=64, mask_ratio=0.5,
+                name="128 px masked", resolution=128, images=64 * 300, batch_size=64, mask_ratio=0.5,
                 learning_rate=2e-3, warmup_images=64 * 50, clip_norm=1.0, pos_interp_scale=2.0,
             ),
             Stage(
-                name="128 px", resolution=128, images=64 * 4000, batch_size=64,
+                name="128 px", resolution=128, images=64 * 2200, batch_size=64,
                 learning_rate=2e-3, schedule="cosine", final_lr_ratio=0.01, clip_norm=1.0,
                 start="all_but_schedule", pos_interp_scale=2.0, ema_halflife_images=64 * 50,
             ),

@@ -83,7 +83,7 @@ def test_stopped_and_killed_it_ends_as_if_undisturbed(world: World, tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["--set", "stages.0.resolution=48"], "no latents at 48 px"),
+        (["--set", "stages.0.resolution=48"], "lacks 48 px"),
         (["--set", "sead=1"], "did you mean 'seed'"),
         (["--set", "autoencoder=OTHER"], "was made with the autoencoder"),
         (["--set", "model.in_channels=16"], "--set model.in_channels=4"),

@@ -73,6 +73,7 @@ def recipe() -> Recipe:
     model = replace(
         PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=8, text_mask="padding"),
         dim=32, depth=2, head_dim=16, multiple_of=16, patch_mixer_dim=32, patch_mixer_depth=1,
+        qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 4.0),
     )  # fmt: skip
     first = Stage(
         name="64 px masked", resolution=64, images=60, batch_size=4, learning_rate=3e-3, warmup_images=20,

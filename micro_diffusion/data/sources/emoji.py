@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ ONE_WAY = re.compile(
 def emoji_records(*, split: str | None = None, subset: str | None = None, augment: int = 0) -> Iterator[Record]:
     """Records of the embedded drawings, all of them or one split (`train`, `held_out_pair`, `held_out_concept`).
 
-    A named `subset` takes some of the training split. Each training picture is followed by `augment` copies, shifted,
-    scaled and, where nothing in it has a side, mirrored; a copy has one of the captions. Always the same, in the same
-    order. Raises `UserError` for an unknown split or subset.
+    A named `subset` takes some of the training split, with their main captions. Each training picture is followed by
+    `augment` copies, shifted, scaled and, where nothing in it has a side, mirrored; a copy has one of the captions.
+    Always the same, in the same order. Raises `UserError` for an unknown split or subset.
     """
     for what, name, known in (("split", split, SPLITS), ("subset", subset, tuple(SUBSETS))):
         if name is not None and name not in known:
@@ -56,7 +56,12 @@ def emoji_records(*, split: str | None = None, subset: str | None = None, augmen
     def wanted(row: dict[str, Any]) -> bool:
         return split in (None, row["split"]) and (not subset or (row["concept"] in concepts and row["style"] in styles))
 
-    return (record for row in emoji_table() if wanted(row) for record in _records(row, augment))
+    return (
+        record
+        for row in emoji_table()
+        if wanted(row)
+        for record in _records(row, row["captions"][:1] if subset else row["captions"], augment)
+    )
 
 
 def emoji_table() -> Iterator[dict[str, Any]]:
@@ -70,8 +75,8 @@ def emoji_table() -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _records(row: dict[str, Any], copies: int) -> Iterator[Record]:
-    key, captions = f"{row['style']}/{row['concept']}", tuple(map(Caption, row["captions"]))
+def _records(row: dict[str, Any], texts: Sequence[str], copies: int) -> Iterator[Record]:
+    key, captions = f"{row['style']}/{row['concept']}", tuple(map(Caption, texts))
     yield Record(key, row["image"], captions, "emoji", row["split"])
     for copy in range(1, copies + 1 if row["split"] == "train" else 1):
         name = f"{key}/{copy}"

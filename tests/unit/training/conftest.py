@@ -47,7 +47,10 @@ def loaders() -> dict[int, Loader]:
 def recipe() -> Recipe:
     """Four stages of five steps of eight images, with everything switched on."""
     model = PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=WIDTH, text_mask="padding")
-    model = replace(model, dim=32, depth=2, head_dim=16, multiple_of=16, patch_mixer_dim=32, patch_mixer_depth=1)
+    model = replace(
+        model, dim=32, depth=2, head_dim=16, multiple_of=16, patch_mixer_dim=32, patch_mixer_depth=1,
+        qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 4.0),
+    )  # fmt: skip
     stage = Stage(
         name="1", resolution=64, images=40, batch_size=8, learning_rate=1e-2, warmup_images=16, mask_ratio=0.5,
         clip_norm=1.0, start="scratch",
