@@ -30,7 +30,7 @@ def quickstart() -> Recipe:
                 learning_rate=2e-3, warmup_images=64 * 50, clip_norm=1.0, pos_interp_scale=2.0,
             ),
             Stage(
-                name="128 px", resolution=128, images=64 * 2200, batch_size=64,
+                name="128 px", resolution=128, images=64 * 1300, batch_size=64,
                 learning_rate=2e-3, schedule="cosine", final_lr_ratio=0.01, clip_norm=1.0,
                 start="all_but_schedule", pos_interp_scale=2.0, ema_halflife_images=64 * 50,
             ),

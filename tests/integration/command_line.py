@@ -77,9 +77,9 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def run(*arguments: str | Path, code: int = 0) -> str:
+def run(*arguments: str | Path, code: int = 0, seconds: float = 600) -> str:
     """Run to the end, check the exit code, return what was printed."""
     process = start(*arguments)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=seconds)
     assert process.returncode == code, err
     return out + err
