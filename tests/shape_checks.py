@@ -1,12 +1,14 @@
 """The checker that unit tests put on every annotated function of the package (tests/unit/conftest.py)."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from io import TextIOBase
+from typing import Any, Self, TextIO
 
 from beartype import BeartypeConf, FrozenDict, beartype
 
-# An int is a float, as everywhere in Python; Self is only known inside a class, and functions are checked one by one.
-typed = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({Self: Any})))
+# An int is a float, as everywhere in Python; Self is only known inside a class, and functions are checked one by one;
+# beartype takes no stream for a TextIO, sys.stderr included.
+typed = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=FrozenDict({Self: Any, TextIO: TextIOBase})))
 
 
 def check(function: Callable[..., Any]) -> Callable[..., Any]:

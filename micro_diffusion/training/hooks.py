@@ -55,7 +55,7 @@ class Hook:
 class Progress(Hook):
     """A line with stage, images/s, loss and time left: redrawn on a terminal, else printed at most every `seconds`."""
 
-    def __init__(self, images: int, *, stream: "TextIO | None" = None, seconds: float = 10.0) -> None:
+    def __init__(self, images: int, *, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.images, self.stream, self.seconds = images, stream or sys.stderr, seconds
         self._bar: Bar | None = None
         self._printed = float("-inf")
