@@ -1,6 +1,5 @@
 """`micro-diffusion train`: a recipe and latent stores become a run folder with a model in it."""
 
-import difflib
 import json
 import runpy
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -61,7 +61,7 @@ def find_recipe(name: str) -> "Recipe":
     file, _, function = name.partition(":")
     if Path(file).suffix not in (".json", ".py"):
         if name not in RECIPES:
-            raise UserError(f"There is no recipe {name!r}; {nearest(name, RECIPES)}.")
+            raise UserError(f"There is no recipe {name!r}; {nearest(name, RECIPES)}")
         return RECIPES[name]()
     if not Path(file).is_file():
         raise UserError(f"There is no recipe file {file}.")
@@ -87,10 +87,7 @@ def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
         for name in path:
             place = place[_known(place, name, key)]
         place[_known(place, last, key)] = _value(text)
-    try:
-        return type(recipe).from_json(json.dumps(data))
-    except ValueError as error:  # of the model's configuration
-        raise UserError(f"--set {' '.join(settings)}: {error}.") from error
+    return type(recipe).from_json(json.dumps(data))
 
 
 def fine_tuning(
@@ -138,19 +135,13 @@ def fine_tuning(
     return replace(recipe, stages=stages, **taken), weights
 
 
-def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """`did you mean 'x'?` or the list of what there is, for an error message."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}" if near else f"there is: {', '.join(known) or 'nothing'}"
-
-
 def _known(place: Any, name: str, key: str) -> Any:
     """The key or index of that name in `place`; UserError naming the nearest one."""
     known: dict[str, Any] = {}
     if isinstance(place, list | dict):
         known = {str(each): each for each in (place if isinstance(place, dict) else range(len(place)))}
     if name not in known:
-        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}.")
+        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}")
     return known[name]
 
 

