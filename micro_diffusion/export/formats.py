@@ -10,7 +10,7 @@ from torch import Tensor
 
 from micro_diffusion.models.checkpoints import ModelCard, build, write_folder
 from micro_diffusion.models.released import PIPELINE_WEIGHTS, read_checkpoint
-from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder, sync, write_atomic
+from micro_diffusion.runtime.files import UserError, atomic_file, atomic_folder, write_atomic
 
 Weights = Mapping[str, Tensor]
 
@@ -38,13 +38,8 @@ def write_safetensors(out: Path, weights: Weights, card: ModelCard) -> None:
 def write_official(out: Path, weights: Weights, card: ModelCard) -> None:
     """A flat state dict, as the paper's files are, and beside it a .json with what the file cannot say."""
     write_atomic(out.with_suffix(".json"), card.to_json())
-    temporary = out.with_name(TEMPORARY_PREFIX + out.name)
-    try:
+    with atomic_file(out) as temporary:
         torch.save(dict(weights), temporary)
-        sync(temporary)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_diffusers(out: Path, weights: Weights, card: ModelCard) -> None:
