@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from micro_diffusion.diffusion.objectives import Prediction
+from micro_diffusion.diffusion.objectives import Network, Prediction
 from micro_diffusion.models import initialise
 from micro_diffusion.models.layers import (
     CaptionEmbedder,
@@ -27,6 +27,7 @@ from micro_diffusion.models.layers import (
 from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.models.pos_embed import sincos_2d
+from micro_diffusion.runtime.device import autocast
 
 
 @dataclass(frozen=True)
@@ -236,3 +237,24 @@ def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float
     state = {key: value for key, value in dit.state_dict().items() if key != "pos_embed"}
     other.load_state_dict(state | {"pos_embed": other.pos_embed})
     return other.to(dit.pos_embed.device)
+
+
+def conditioned(
+    dit: DiT,
+    text: Float[Tensor, "b l d"] | EncodedText,
+    text_mask: Bool[Tensor, "b l"] | None = None,
+    *,
+    precision: str,
+    mask_ratio: float = 0.0,
+    mask_noise: Float[Tensor, "b t"] | None = None,
+) -> Network:
+    """The network as an objective calls it, with caption, mask and precision fixed."""
+    text_mask = text_mask if dit.config.text_mask == "padding" else None
+    mask_noise = mask_noise if mask_ratio else None
+
+    def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
+        x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64
+        with autocast(x.device, precision):
+            return dit(x, noise_label, text, text_mask=text_mask, mask_ratio=mask_ratio, mask_noise=mask_noise)
+
+    return network

@@ -11,18 +11,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from micro_diffusion.diffusion.guidance import guided
-from micro_diffusion.diffusion.objectives import EDM, Flow, Network, Prediction
+from micro_diffusion.diffusion.objectives import EDM, Flow, Network
 from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
 from micro_diffusion.models.checkpoints import ModelCard, Part
-from micro_diffusion.models.dit import DiT
-from micro_diffusion.models.masking import null_caption
+from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.models.masking import TextFeatures, null_caption
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.models.released import SDXL, load_checkpoint
 from micro_diffusion.models.text_encoders import (
     DFN5B,
     TextEncoder,
-    TextFeatures,
     load_text_encoder,
     text_encoder_width,
     text_mask_policy,
@@ -292,8 +291,7 @@ def sample_latents(
         raise UserError(f"The guidance interval {guidance_interval} is empty; give a lower and a higher noise level.")
     if negative is None:
         dropped = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        states, mask = null_caption(text.states, text.mask, dropped)
-        negative = TextFeatures(states, text.mask if mask is None else mask)
+        negative = null_caption(*text, dropped)
 
     def denoiser(features: TextFeatures) -> Denoiser:
         network = text_network(dit, features, precision=precision)
@@ -320,14 +318,8 @@ def text_network(
     if device.type != "cuda":
         precision = "bf16" if dit.x_embedder.proj.weight.dtype == torch.bfloat16 else "float32"
     with autocast(device, precision):
-        encoded = dit.encode_text(text.states, text.mask)
-
-    def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
-        x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64
-        with autocast(device, precision):
-            return dit(x, noise_label, encoded, mask_ratio=mask_ratio, mask_noise=mask_noise if mask_ratio else None)
-
-    return network
+        encoded = dit.encode_text(*text)
+    return conditioned(dit, encoded, precision=precision, mask_ratio=mask_ratio, mask_noise=mask_noise)
 
 
 def _prompts(

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from micro_diffusion.models import openclip
+from micro_diffusion.models.masking import TextFeatures
 from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse
@@ -60,13 +61,6 @@ class TextSettings:
     """`none` pads every caption to `length` and lets all positions count, as the released models were trained."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; the states are float32."""
-
-
-class TextFeatures(NamedTuple):
-    """States of the tokens, zero where padded; the mask is True on tokens."""
-
-    states: Float[Tensor, "b l d"]
-    mask: Bool[Tensor, "b l"]
 
 
 class PaddingTokenizer:
