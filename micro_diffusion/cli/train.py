@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.runtime.parse import nearest
+from micro_diffusion.runtime.parse import choose, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -60,9 +60,7 @@ def find_recipe(name: str) -> "Recipe":
 
     file, _, function = name.partition(":")
     if Path(file).suffix not in (".json", ".py"):
-        if name not in RECIPES:
-            raise UserError(f"There is no recipe {name!r}; {nearest(name, RECIPES)}")
-        return RECIPES[name]()
+        return choose(RECIPES, name, "recipe")()
     if not Path(file).is_file():
         raise UserError(f"There is no recipe file {file}.")
     if Path(file).suffix == ".json":
@@ -264,7 +262,7 @@ def sampler(
 
 def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str) -> "Callable[[Path, State], None]":
     """A function that writes the weights of the moment as a model folder."""
-    from micro_diffusion.models.checkpoints import ModelCard, Part, save_model
+    from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 
     def release(folder: Path, state: "State") -> None:
         stage = recipe.stages[state.stage]
@@ -278,6 +276,6 @@ def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str
             recipe=recipe.name,
             text_length=recipe.text_length,
         )
-        save_model(folder, state.shown, card=card)
+        write_folder(folder, state.shown.state_dict(), card=card)
 
     return release

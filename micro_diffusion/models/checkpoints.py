@@ -14,7 +14,7 @@ from torch import Tensor
 from micro_diffusion.diffusion.objectives import EDM, OBJECTIVES, Flow
 from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
-from micro_diffusion.runtime.parse import parse, read_json
+from micro_diffusion.runtime.parse import choose, parse, read_json
 
 FORMAT, VERSION = "micro-diffusion model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -58,18 +58,10 @@ class ModelCard:
             raise UserError(f"{CONFIG} has version {version}, this program reads {VERSION}; install the newer program.")
         objective = values.get("objective")
         name = objective.pop("name", None) if isinstance(objective, dict) else None
-        if name not in OBJECTIVES:
-            raise UserError(f"{CONFIG}: there is no objective {name!r} (there is: {', '.join(OBJECTIVES)}).")
-        values["objective"] = parse(OBJECTIVES[name], objective, f"{CONFIG}: objective")
+        kind = choose(OBJECTIVES, str(name), f"objective in {CONFIG} named")
+        values["objective"] = parse(kind, objective, f"{CONFIG}.objective")
         card: ModelCard = parse(cls, values, CONFIG)
         return card
-
-
-def save_model(folder: Path, dit: DiT, *, card: ModelCard) -> None:
-    """Write the model folder; whole or not at all."""
-    if card.dit != dit.config:
-        raise ValueError("the card describes another transformer")
-    write_folder(folder, dit.state_dict(), card=card)
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard) -> None:
@@ -78,12 +70,6 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_atomic(temporary / CONFIG, card.to_json())
-
-
-def load_model(folder: Path) -> tuple[DiT, ModelCard]:
-    """The transformer of a model folder, on the CPU in float32, and its card; UserError if anything does not fit."""
-    weights, card = read_folder(Path(folder))
-    return build(weights, card, where=str(folder)), card
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:

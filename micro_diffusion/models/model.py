@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from micro_diffusion.models.text_encoders import (
 )
 from micro_diffusion.runtime.device import autocast
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import choose
 from micro_diffusion.runtime.random import derive_seed
 
 Seed = int | Sequence[int] | None
@@ -61,11 +61,6 @@ class LatentDiffusion(nn.Module):
         self.text_length, self.precision = text_length, precision
         self.train_mask_ratio, self.precomputed_latents = train_mask_ratio, precomputed_latents
         self._loaders: Mapping[str, Callable[[], nn.Module]] = {"vae": load_vae, "text_encoder": load_text_encoder}
-
-    @classmethod
-    def from_folder(cls, folder: Path, *, device: torch.device | str = "cpu") -> "LatentDiffusion":
-        """The model of a run's model folder; UserError if an encoder is not the one that it was trained with."""
-        return cls.from_checkpoint(str(folder), device=device)
 
     @classmethod
     def from_checkpoint(
@@ -241,12 +236,8 @@ def create_latent_diffusion(
     text encoder's name says `?mask=none`. With `precomputed_latents`, training takes latents, and the encoders are
     loaded at their first use, onto the transformer's device, otherwise at once.
     """
-    precisions = {"bfloat16": "bf16", "float32": "float32"}
-    if dit_arch not in PRESETS or dtype not in precisions:
-        known = PRESETS if dit_arch not in PRESETS else precisions
-        wrong = dit_arch if dit_arch not in PRESETS else dtype
-        raise UserError(f"There is no {wrong!r}; choose one of: {', '.join(known)}.")
-    config = PRESETS[dit_arch](
+    precision = choose({"bfloat16": "bf16", "float32": "float32"}, dtype, "dtype")
+    config = choose(PRESETS, dit_arch, "dit_arch")(
         input_size=latent_res,
         in_channels=in_channels,
         caption_channels=text_encoder_width(text_encoder_name),
@@ -258,7 +249,7 @@ def create_latent_diffusion(
         EDM(p_mean=p_mean, p_std=p_std),
         load_vae=lambda: load_autoencoder(vae_name),
         load_text_encoder=lambda: load_text_encoder(text_encoder_name),
-        precision=precisions[dtype],
+        precision=precision,
         train_mask_ratio=train_mask_ratio,
         precomputed_latents=precomputed_latents,
     )
@@ -283,8 +274,7 @@ def sample_latents(
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Latents from unit noise; guided away from `negative`, which is the null caption by default."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"There is no sampler {sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
+    sample = choose(SAMPLERS, sampler, "sampler")
     if num_inference_steps < 1:
         raise UserError(f"{num_inference_steps} sampling steps are too few; one is the least.")
     if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
@@ -299,7 +289,7 @@ def sample_latents(
 
     denoise = guided(denoiser(text), denoiser(negative), scale=guidance_scale, interval=guidance_interval)
     levels = objective.levels(num_inference_steps)
-    return SAMPLERS[sampler](denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
+    return sample(denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
 
 
 def text_network(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from micro_diffusion.models import openclip
 from micro_diffusion.models.masking import TextFeatures
-from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
+from micro_diffusion.models.pretrained import loading, part_folder, weight_files, weights_sha256
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse
 
@@ -164,11 +164,7 @@ def _load_openclip(name: str, plain: str, settings: TextSettings) -> TextEncoder
 
 def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEncoder:
     folder, tokenizer_folder = _folders(plain)
-    weights = next(
-        (found for group in WEIGHTS if (found := sorted(folder.glob(group[0])) + sorted(folder.glob(group[1])))), []
-    )
-    if not weights:
-        raise UserError(f"The text encoder {plain!r} has no file {WEIGHTS[0][0]} in {folder}; choose one that has.")
+    weights = weight_files(f"text encoder {plain!r}", folder, WEIGHTS)
     digest = weights_sha256(weights)
     if plain == EMBEDDED and not os.environ.get(FOLDER_VARIABLE) and digest != EMBEDDED_SHA256:
         raise UserError(
@@ -222,9 +218,8 @@ def text_encoder_width(name: str) -> int:
     if plain.startswith(openclip.PREFIX):
         folder = part_folder(plain.removeprefix(openclip.PREFIX).removeprefix("hf-hub:"), [openclip.CONFIG])
         return int(json.loads((folder / openclip.CONFIG).read_text())["model_cfg"]["text_cfg"]["width"])
-    folder = part_folder(plain, ["config.json", "text_encoder/config.json"])
+    folder = part_folder(plain, ["config.json"], subfolder="text_encoder")
     with loading(f"text encoder in {folder}", library="transformers") as transformers:
-        folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return int(config.get_text_config().hidden_size)
 
@@ -238,13 +233,9 @@ def text_mask_policy(name: str) -> Literal["padding", "none"]:
 def _folders(name: str) -> tuple[Path, Path]:
     """Where the encoder and its tokenizer are."""
     if name != EMBEDDED:
-        files = [*FILES, *(f"text_encoder/{file}" for file in FILES), "tokenizer/*"]
-        folder = part_folder(
-            name, files, weights=[[*group, *(f"text_encoder/{file}" for file in group)] for group in WEIGHTS]
-        )
-        if (folder / "text_encoder").is_dir():
-            return folder / "text_encoder", folder / "tokenizer"
-        return folder, folder
+        folder = part_folder(name, [*FILES, "tokenizer/*"], weights=WEIGHTS, subfolder="text_encoder")
+        tokenizer = folder.parent / "tokenizer"
+        return folder, tokenizer if folder.name == "text_encoder" and tokenizer.is_dir() else folder
     if chosen := os.environ.get(FOLDER_VARIABLE):
         if not Path(chosen).is_dir():
             raise UserError(f"There is no folder {chosen}, which {FOLDER_VARIABLE} names.")

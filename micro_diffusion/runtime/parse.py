@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import json
 import types
-from collections.abc import Iterable
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from micro_diffusion.runtime.files import UserError
+
+T = TypeVar("T")
 
 
 def read_json(text: str, where: str) -> dict[str, Any]:
@@ -43,11 +45,20 @@ def parse(hint: Any, value: Any, where: str) -> Any:
     raise UserError(f"{where} is {value!r}, but must be {expected}.")
 
 
+def choose(table: Mapping[str, T], name: str, kind: str) -> T:
+    """The table's entry of that name; UserError with the nearest name, or all of them."""
+    if name not in table:
+        raise UserError(f"There is no {kind} {name!r}; {nearest(name, table)}")
+    return table[name]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` or the list of what there is, for an error message."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there is: {', '.join(known) or 'nothing'}."
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return f"choose one of: {', '.join(known)}." if known else "there is none."
 
 
 def _parse_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:

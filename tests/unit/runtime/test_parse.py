@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.runtime.parse import nearest, parse, read_json
+from micro_diffusion.runtime.parse import choose, nearest, parse, read_json
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,11 @@ def test_only_a_table_is_read() -> None:
 
 def test_nearest() -> None:
     assert nearest("sead", ["seed", "steps"]) == "did you mean 'seed'?"
-    assert nearest("x", ["seed", "steps"]) == "there is: seed, steps."
-    assert nearest("x", []) == "there is: nothing."
+    assert nearest("x", ["seed", "steps"]) == "choose one of: seed, steps."
+    assert nearest("x", []) == "there is none."
+
+
+def test_choose() -> None:
+    assert choose({"euler": 1, "heun": 2}, "heun", "sampler") == 2
+    with pytest.raises(UserError, match="There is no sampler 'huen'; did you mean 'heun'"):
+        choose({"euler": 1, "heun": 2}, "huen", "sampler")
