@@ -83,17 +83,14 @@ class Quickstart:
                 for caption, value, n in zip(captions, psnr, nearest, strict=True)
             ],
         }
-        rows = {captions[i]: [*(drawings[k] for drawings in stages.values()), true[i]] for k, i in enumerate(some)}
+        rows = [[*(drawings[k] for drawings in stages.values()), true[i]] for k, i in enumerate(some)]
         figures: dict[str, Image.Image | str] = {
-            "grid": pairs_grid(drawn, true, captions),
-            "stages": table_grid(list(rows.values()), list(rows), [*stages, "true picture"]),
-            "loss": loss_curve(recipe, read_log(run / "log.jsonl")),
+            "grid.png": pairs_grid(drawn, true, captions),
+            "stages.png": table_grid(rows, [captions[i] for i in some], [*stages, "true picture"]),
+            "loss.svg": loss_curve(recipe, read_log(run / "log.jsonl")),
         }
         for name, picture in figures.items():
-            file, content = (
-                (f"{name}.svg", picture) if isinstance(picture, str) else (f"{name}.png", png_bytes(picture))
-            )
-            write_atomic(self.out / file, content)
+            write_atomic(self.out / name, picture if isinstance(picture, str) else png_bytes(picture))
         write_atomic(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_atomic(self.out / "report.html", page(recipe, results, figures, run=run))
         print(
@@ -231,19 +228,19 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         "micro-diffusion prepare path/to/your/pictures --out my-store",
     ]
     grid = figure(
-        figures["grid"],
+        figures["grid.png"],
         alt=f"{count} pairs of a drawn and a true picture, with the prompt under each pair",
         caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
     )
     stages = figure(
-        figures["stages"],
+        figures["stages.png"],
         alt="A row for each of some prompts; a column for each stage, and the true picture last",
         caption="The same prompts and noise after each of the four stages.",
     )
     sections = {
         "What it drew": paragraph(MEMORISES) + grid,
         "What each stage could draw": stages,
-        "Loss": figure(figures["loss"], alt="Training loss over images seen", caption=WITHIN),
+        "Loss": figure(figures["loss.svg"], alt="Training loss over images seen", caption=WITHIN),
         "Settings": facts(settings),
         f"Time and machine: {minutes:.1f} minutes": facts({**times, **memory, **results["machine"]}),
         "Go on from here": commands(go_on),

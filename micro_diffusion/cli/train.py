@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from micro_diffusion.training.config import Recipe
     from micro_diffusion.training.stages import State
 
+FROM_CHECKPOINT = ("model", "objective", "sigma_data", "flow_shift", "start_from", "start_from_sha256")
 SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
 
 
@@ -102,33 +103,36 @@ def fine_tuning(
     from micro_diffusion.training.config import Recipe
 
     set_here = {key: value for key, _, value in (change.partition("=") for change in changes)}
+
+    def refuse(key: str) -> None:
+        raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
+
     for key in set_here:
-        if key.split(".")[0] in ("model", "objective", "sigma_data", "flow_shift") or key.endswith("pos_interp_scale"):
-            raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
+        if key.split(".")[0] in FROM_CHECKPOINT or key.endswith("pos_interp_scale"):
+            refuse(key)
     saved, weights = run / "recipe.json", None
     before = Recipe.from_json(saved.read_text()) if saved.is_file() and latest(run / "checkpoints") else None
     if before is not None and before.start_from == name:
         span = before.stages[0].resolution / before.stages[0].pos_interp_scale
-        same = ("model", "objective", "sigma_data", "flow_shift", "text_length", "start_from", "start_from_sha256")
-        taken = {key: getattr(before, key) for key in (*same, "autoencoder", "text_encoder")}
-        taken |= {key: set_here[key] for key in ("autoencoder", "text_encoder") if key in set_here}
+        kept = {"autoencoder", "text_encoder", "text_length"} - set_here.keys()  # what is set must still be the same
+        taken = {key: getattr(before, key) for key in (*FROM_CHECKPOINT, *kept)}
     else:
-        dit, card = load_checkpoint(
-            name, autoencoder=set_here.get("autoencoder"), text_encoder=set_here.get("text_encoder")
-        )
-        weights, objective = dit.state_dict(), card.objective
-        span = card.resolution / card.dit.pos_interp_scale
+        parts = {key: set_here.get(key) for key in ("autoencoder", "text_encoder")}
+        dit, card = load_checkpoint(name, **parts)
+        weights, span = dit.state_dict(), card.resolution / card.dit.pos_interp_scale
         taken = {
             "model": replace(card.dit, pos_interp_scale=1.0),
-            "objective": "edm" if isinstance(objective, EDM) else "flow",
-            "sigma_data": objective.sigma_data if isinstance(objective, EDM) else 0.9,
-            "flow_shift": 1.0 if isinstance(objective, EDM) else objective.shift,
+            "objective": "edm" if isinstance(card.objective, EDM) else "flow",
+            "sigma_data": getattr(card.objective, "sigma_data", 0.9),
+            "flow_shift": getattr(card.objective, "shift", 1.0),
             "text_length": card.text_length or recipe.text_length,
             "autoencoder": card.autoencoder.name,
             "text_encoder": card.text_encoder.name,
             "start_from": name,
             "start_from_sha256": hash_tensors(weights),
         }
+        if "text_length" in set_here and taken["text_length"] != recipe.text_length:
+            refuse("text_length")
     stages = tuple(replace(stage, pos_interp_scale=stage.resolution / span) for stage in recipe.stages)
     return replace(recipe, stages=stages, **taken), weights
 
