@@ -114,6 +114,8 @@ def loss_curve(recipe: "Recipe", log: Sequence[Mapping[str, Any]]) -> str:
 def scaled(recipe: "Recipe", length: float) -> "Recipe":
     """The recipe with every stage, warm-up and interval `length` times as long, in whole batches."""
 
+    from micro_diffusion.training.config import INTERVALS
+
     def times(images: int, batch: int) -> int:
         return round(images * length / batch) * batch
 
@@ -130,9 +132,7 @@ def scaled(recipe: "Recipe", length: float) -> "Recipe":
         for stage in recipe.stages
     )
     shorter = replace(recipe, stages=stages)
-    names = ("log_every", "checkpoint_every", "sample_every", "validate_every")
-    intervals = {name: min(getattr(recipe, name), shorter.images) for name in names}
-    return replace(shorter, **intervals)
+    return replace(shorter, **{name: min(getattr(recipe, name), shorter.images) for name in INTERVALS})
 
 
 def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":

@@ -1,5 +1,6 @@
 """MicroDiT (arXiv 2407.15811): a diffusion transformer with patch mixer, deferred masking and expert-choice layers."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from micro_diffusion.diffusion.objectives import Network, Prediction
 from micro_diffusion.models import initialise
 from micro_diffusion.models.layers import (
-    CaptionEmbedder,
     CrossAttention,
     FinalLayer,
     Modulation,
@@ -136,18 +136,13 @@ class DiT(nn.Module):
         patch_dim = c.patch_size**2 * c.in_channels
         self.x_embedder = PatchEmbed(c.in_channels, c.patch_size, c.dim)
         self.t_embedder = NoiseEmbedder(c.dim)
-        self.y_embedder = CaptionEmbedder(c.caption_channels, c.dim, c.norm_eps)
+        self.y_embedder = nn.Sequential(OrderedDict(y_proj=TextPerceptron(c.caption_channels, c.dim, c.norm_eps)))
         self.y_emb_preprocess = Refiner(c.dim, c.head_dim, c.multiple_of, eps=c.norm_eps, bias=c.use_bias)
         self.pooled_y_emb_process = TextPerceptron(c.dim, c.dim, c.norm_eps)
         mixer_dim = c.patch_mixer_dim if c.use_patch_mixer else c.dim
+        qkv, ffn = c.patch_mixer_qkv_ratio, c.patch_mixer_mlp_ratio
         self.patch_mixer = nn.ModuleList(
-            Block(
-                c,
-                mixer_dim,
-                qkv_ratio=c.patch_mixer_qkv_ratio,
-                ffn_ratio=c.patch_mixer_mlp_ratio,
-                experts=c.is_expert(i),
-            )
+            Block(c, mixer_dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i))
             for i in range(c.patch_mixer_depth if c.use_patch_mixer else 0)
         )
 

@@ -11,6 +11,8 @@ from micro_diffusion.models.dit import DiTConfig
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse, read_json
 
+INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every")
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -45,34 +47,28 @@ class Stage:
 
     def validate(self) -> None:
         """Raise UserError for a setting that cannot work or that does nothing."""
-        for name in ("resolution", "images", "batch_size", "learning_rate", "clip_norm", "p_std", "pos_interp_scale"):
-            self._require(getattr(self, name) > 0, f"{name} must be positive")
-        for name in ("micro_batch", "warmup_images", "final_lr_ratio", "ema_halflife_images", "ema_start_images"):
-            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
-        whole = max(1, round(self.images / self.batch_size)) * self.batch_size
-        self._require(
-            self.images == whole, f"images must be a whole number of batches of {self.batch_size}: {whole} is nearest"
-        )
-        if self.micro_batch:
-            self._require(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
-            self._require(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
-        self._require(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
-        self._require(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
-        if self.schedule == "constant":
-            self._require(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
-        else:
-            self._require(
-                self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it"
-            )
-        if self.ema_start_images:
-            self._require(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
-            self._require(
-                self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images"
-            )
 
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(f"stage {self.name!r}: {message}")
+        def need(condition: bool, message: str) -> None:
+            require(condition, f"stage {self.name!r}: {message}")
+
+        for name in ("resolution", "images", "batch_size", "learning_rate", "clip_norm", "p_std", "pos_interp_scale"):
+            need(getattr(self, name) > 0, f"{name} must be positive")
+        for name in ("micro_batch", "warmup_images", "final_lr_ratio", "ema_halflife_images", "ema_start_images"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative")
+        whole = max(1, round(self.images / self.batch_size)) * self.batch_size
+        need(self.images == whole, f"images must be whole batches of {self.batch_size}: {whole} is nearest")
+        if self.micro_batch:
+            need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
+            need(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
+        need(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
+        need(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
+        if self.schedule == "constant":
+            need(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
+        else:
+            need(self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it")
+        if self.ema_start_images:
+            need(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
+            need(self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images")
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,7 @@ class Recipe:
     @property
     def intervals(self) -> tuple[int, ...]:
         """Images between the moments at which something other than a step happens."""
-        return self.log_every, self.checkpoint_every, self.sample_every, self.validate_every
+        return tuple(getattr(self, name) for name in INTERVALS)
 
     def stage_model(self, stage: Stage, *, downscale: int) -> DiTConfig:
         """The model at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
@@ -142,34 +138,32 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise UserError for a setting that cannot work or that does nothing."""
-        _require(len(self.stages) > 0, "a recipe needs at least one stage")
+        require(len(self.stages) > 0, "a recipe needs at least one stage")
         for stage in self.stages:
             stage.validate()
-        _require(len({stage.name for stage in self.stages}) == len(self.stages), "two stages have the same name")
+        require(len({stage.name for stage in self.stages}) == len(self.stages), "two stages have the same name")
         first = self.stages[0]
-        _require(first.start == "scratch", f"stage {first.name!r} is the first: its start must be 'scratch'")
+        require(first.start == "scratch", f"stage {first.name!r} is the first: its start must be 'scratch'")
         for before, stage in itertools.pairwise(self.stages):
-            _require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
+            require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
             same = (before.resolution, before.pos_interp_scale) == (stage.resolution, stage.pos_interp_scale)
-            _require(
+            require(
                 same or stage.start == "weights",
                 f"stage {stage.name!r} changes the resolution or pos_interp_scale: its start must be 'weights'",
             )
-        _require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
-        _require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
-        _require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
-        edm = self.objective == "edm"
-        _require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
-        _require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")
-        _require(
-            self.model.text_mask == "padding" or self.text_length is not None,
-            "text_mask 'none' pools over every text position: set text_length, so that all batches have as many",
-        )
-        _require(not self.compile or self.text_length is not None, "compile needs fixed shapes: set text_length")
-        _require(self.log_every > 0, "log_every must be positive")
-        for name in ("log_every", "checkpoint_every", "sample_every", "validate_every"):
+        require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
+        require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
+        require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
+        edm, fixed = self.objective == "edm", self.text_length is not None
+        require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
+        require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")
+        pooled = "text_mask 'none' pools over every text position: set text_length, so that all batches have as many"
+        require(fixed or self.model.text_mask == "padding", pooled)
+        require(fixed or not self.compile, "compile needs fixed shapes: set text_length")
+        require(self.log_every > 0, "log_every must be positive")
+        for name in INTERVALS:
             every = getattr(self, name)
-            _require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
+            require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
 
     def to_json(self) -> str:
         """The recipe as text that `from_json` reads back equal."""
@@ -194,7 +188,7 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     ]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 

@@ -49,7 +49,7 @@ def test_from_json_of_half_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": 41}, "whole number of batches of 8: 40 is nearest"),
+        ({"images": 41}, "whole batches of 8: 40 is nearest"),
         ({"micro_batch": 3}, "must divide"),
         ({"micro_batch": 8}, "does nothing"),
         ({"mask_ratio": 1.0}, "below 1"),
