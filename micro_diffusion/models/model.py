@@ -315,7 +315,7 @@ def text_network(
 def _prompts(
     prompt: str | Sequence[str] | None, tokens: Int[Tensor, "*b l"] | None
 ) -> Sequence[str] | Int[Tensor, "*b l"]:
-    if tokens is not None and prompt is None:
+    if tokens is not None and prompt is None and len(tokens):
         return tokens
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not prompts or tokens is not None:

@@ -149,6 +149,7 @@ def test_parts_are_loaded_when_used(parts: tuple[str, str]) -> None:
     ("prompt", "settings", "message"),
     [
         ([], {}, "at least one prompt"),
+        (None, {"tokenized_prompts": torch.zeros(0, 5, dtype=torch.long)}, "at least one prompt"),
         (["a"], {"sampler": "huen"}, "no sampler 'huen'; did you mean 'heun'"),
         (["a"], {"num_inference_steps": 0}, "0 sampling steps"),
         (["a"], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
@@ -156,7 +157,9 @@ def test_parts_are_loaded_when_used(parts: tuple[str, str]) -> None:
         (["a"], {"batch_size": 0}, "batch_size"),
     ],
 )
-def test_bad_settings(model: LatentDiffusion, prompt: list[str], settings: dict[str, object], message: str) -> None:
+def test_bad_settings(
+    model: LatentDiffusion, prompt: list[str] | None, settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         model.generate(prompt, **settings)  # type: ignore[arg-type]
 
