@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from benchmarks.step import machine
-from micro_diffusion.cli.generate import open_model
 from micro_diffusion.cli.prepare import store_info
 from micro_diffusion.cli.quickstart import compare, scaled
 from micro_diffusion.cli.train import override, train_recipe
@@ -104,7 +103,7 @@ def main() -> None:
     train_recipe(recipe, stores, run, device=args.device)
     trained = time.monotonic()
 
-    model = open_model(run, device=args.device)
+    model = LatentDiffusion.from_checkpoint(str(run), device=pick_device(args.device))
     held_out = list(emoji_records(split="held_out_pair"))
     shown = [held_out[i * len(held_out) // PAIRS] for i in range(PAIRS)]
     seen = list(emoji_records(split="train"))

@@ -23,12 +23,11 @@ from torch import Tensor
 
 from benchmarks.one_hot import use_one_hot_experts
 from micro_diffusion.diffusion.objectives import EDM
-from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.flops import forward_flops
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.training.config import Recipe, Stage
-from micro_diffusion.training.feed import conditioned
 from micro_diffusion.training.optim import guarded_step, make_optimizer
 
 TEXT_LENGTH, TEXT_WIDTH = 77, 1024

@@ -7,14 +7,14 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from micro_diffusion.models.dit import DiT, DiTConfig
-from micro_diffusion.models.presets import preset
+from micro_diffusion.models.presets import Preset
 
 BYTES = [chr(code) for code in range(ord("!"), ord("~") + 1)]
 
@@ -210,16 +210,11 @@ def write_causal(folder: Path, *, kind: str) -> Any:
     return whole.model
 
 
-def tiny_preset(
-    *, input_size: int = 8, in_channels: int = 4, caption_channels: int = 16, pos_interp_scale: float = 1.0,
-    text_mask: Literal["none", "padding"] = "none",
-) -> DiTConfig:  # fmt: skip
-    """A model size for `PRESETS`, so that files of this size are recognised."""
-    return preset(
-        dim=32, depth=2, mixer_dim=32, mixer_depth=1, head_dim=16, patch_size=2, multiple_of=16, num_experts=2,
-        input_size=input_size, in_channels=in_channels, caption_channels=caption_channels,
-        pos_interp_scale=pos_interp_scale, text_mask=text_mask,
-    )  # fmt: skip
+tiny_preset = Preset(
+    "A model size for `PRESETS`, so that files of this size are recognised.",
+    dim=32, depth=2, mixer_dim=32, mixer_depth=1, head_dim=16, patch_size=2, multiple_of=16, num_experts=2,
+    input_size=8, caption_channels=16,
+)  # fmt: skip
 
 
 def write_official(path: Path, config: DiTConfig) -> DiT:

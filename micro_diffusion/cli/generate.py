@@ -67,11 +67,13 @@ class Generate:
         prompts = self.all_prompts(fills)
         if self.steps < 1 or self.per_prompt < 1 or self.batch_size < 1:
             raise UserError("--steps, --per-prompt and --batch-size must be at least 1.")
+        from micro_diffusion.models.model import LatentDiffusion
+        from micro_diffusion.runtime.device import pick_device
         from micro_diffusion.runtime.report import grid, png_bytes, table_grid
 
-        model = open_model(
-            self.model, device=self.device, autoencoder=self.autoencoder, text_encoder=self.text_encoder,
-            precision=self.precision,
+        model = LatentDiffusion.from_checkpoint(
+            self.model.as_posix(), device=pick_device(self.device), autoencoder=self.autoencoder,
+            text_encoder=self.text_encoder, precision=self.precision,
         )  # fmt: skip
         if self.compile:
             model.dit.compile()
@@ -145,19 +147,6 @@ class Generate:
         if not prompts:
             raise UserError("There is nothing to draw: give a prompt, --prompts-file or --template with --fill.")
         return prompts
-
-
-def open_model(
-    name: Path, *, device: str, autoencoder: str | None = None, text_encoder: str | None = None, precision: str = "bf16"
-) -> "LatentDiffusion":
-    """The model of a run, a folder, a file or a name."""
-    from micro_diffusion.models.model import LatentDiffusion
-    from micro_diffusion.runtime.device import pick_device
-
-    chosen = pick_device(device)
-    return LatentDiffusion.from_checkpoint(
-        name.as_posix(), device=chosen, autoencoder=autoencoder, text_encoder=text_encoder, precision=precision
-    )
 
 
 @contextlib.contextmanager

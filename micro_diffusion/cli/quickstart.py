@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from micro_diffusion.cli.generate import open_model
 from micro_diffusion.cli.prepare import Prepare
 from micro_diffusion.cli.train import train_recipe
 from micro_diffusion.runtime.files import UserError, write_atomic
@@ -48,6 +47,8 @@ class Quickstart:
 
     def __call__(self) -> None:
         from micro_diffusion.recipes.recipe import RECIPES
+        from micro_diffusion.runtime.log import read_log
+        from micro_diffusion.runtime.report import pairs_grid, png_bytes, table_grid
 
         if self.length <= 0:
             raise UserError("--length must be above 0.")
@@ -61,8 +62,8 @@ class Quickstart:
         train_recipe(recipe, [source.out], run, device=self.device)
         seconds["train"] = time.monotonic() - started - sum(seconds.values())
         captions, true = true_pictures(source)
-        drawn = draw(run / "model", captions, device=self.device)
         some = [i * len(captions) // STAGE_PROMPTS for i in range(STAGE_PROMPTS)]
+        drawn = draw(run / "model", captions, device=self.device)
         stages = {
             stage.name: draw(run / f"model-stage-{number}", [captions[i] for i in some], device=self.device)
             for number, stage in enumerate(recipe.stages, 1)
@@ -82,7 +83,14 @@ class Quickstart:
                 for caption, value, n in zip(captions, psnr, nearest, strict=True)
             ],
         }
-        figures = self.figures(recipe, captions, drawn, true, stages, some)
+        rows = [[*(drawings[k] for drawings in stages.values()), true[i]] for k, i in enumerate(some)]
+        figures: dict[str, Image.Image | str] = {
+            "grid.png": pairs_grid(drawn, true, captions),
+            "stages.png": table_grid(rows, [captions[i] for i in some], [*stages, "true picture"]),
+            "loss.svg": loss_curve(recipe, read_log(run / "log.jsonl")),
+        }
+        for name, picture in figures.items():
+            write_atomic(self.out / name, picture if isinstance(picture, str) else png_bytes(picture))
         write_atomic(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_atomic(self.out / "report.html", page(recipe, results, figures, run=run))
         print(
@@ -90,39 +98,23 @@ class Quickstart:
             f"median PSNR {results['median_psnr_db']:.1f} dB. See {self.out / 'report.html'}"
         )
 
-    def figures(
-        self,
-        recipe: "Recipe",
-        captions: Sequence[str],
-        drawn: "Sequence[Image.Image]",
-        true: "Sequence[Image.Image]",
-        stages: "Mapping[str, Sequence[Image.Image]]",
-        some: Sequence[int],
-    ) -> "dict[str, Image.Image | str]":
-        """grid.png, stages.png and loss.svg; `some` are the captions that each stage drew."""
-        from micro_diffusion.runtime.log import read_log
-        from micro_diffusion.runtime.report import curve_svg, pairs_grid, png_bytes, table_grid
 
-        columns = [*stages.values(), [true[i] for i in some]]
-        grid = pairs_grid(drawn, true, captions)
-        table = table_grid(list(zip(*columns, strict=True)), [captions[i] for i in some], [*stages, "true picture"])
-        rows = [row for row in read_log(self.out / "run" / "log.jsonl") if row["loss"]]
-        curve = curve_svg(
-            {"training loss": [(row["images"], row["loss"]) for row in rows]},
-            title="Training loss",
-            x_label="images seen",
-            y_label="loss (log scale)",
-            log_y=True,
-            marks=[(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)],
-        )
-        write_atomic(self.out / "grid.png", png_bytes(grid))
-        write_atomic(self.out / "stages.png", png_bytes(table))
-        write_atomic(self.out / "loss.svg", curve)
-        return {"grid": grid, "stages": table, "loss": curve}
+def loss_curve(recipe: "Recipe", log: Sequence[Mapping[str, Any]]) -> str:
+    """Training loss over images seen, with the starts of the stages."""
+    from micro_diffusion.runtime.report import curve_svg
+
+    points = [(row["images"], row["loss"]) for row in log if row["loss"]]
+    marks = [(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)]
+    return curve_svg(
+        {"training loss": points}, title="Training loss", x_label="images seen", y_label="loss (log scale)",
+        log_y=True, marks=marks,
+    )  # fmt: skip
 
 
 def scaled(recipe: "Recipe", length: float) -> "Recipe":
     """The recipe with every stage, warm-up and interval `length` times as long, in whole batches."""
+
+    from micro_diffusion.training.config import INTERVALS
 
     def times(images: int, batch: int) -> int:
         return round(images * length / batch) * batch
@@ -140,9 +132,7 @@ def scaled(recipe: "Recipe", length: float) -> "Recipe":
         for stage in recipe.stages
     )
     shorter = replace(recipe, stages=stages)
-    names = ("log_every", "checkpoint_every", "sample_every", "validate_every")
-    intervals = {name: min(getattr(recipe, name), shorter.images) for name in names}
-    return replace(shorter, **intervals)
+    return replace(shorter, **{name: min(getattr(recipe, name), shorter.images) for name in INTERVALS})
 
 
 def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
@@ -158,9 +148,11 @@ def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
 
 def draw(model: Path, captions: Sequence[str], *, device: str) -> "list[Image.Image]":
     """One picture a caption."""
+    from micro_diffusion.models.model import LatentDiffusion
+    from micro_diffusion.runtime.device import pick_device
     from micro_diffusion.runtime.report import pictures
 
-    images = open_model(model, device=device).generate(
+    images = LatentDiffusion.from_checkpoint(str(model), device=pick_device(device)).generate(
         captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=SEED, batch_size=64
     )
     return pictures(images)
@@ -207,26 +199,25 @@ def machine(device: str) -> dict[str, str]:
 
 def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Image.Image | str]", *, run: Path) -> str:
     """report.html."""
-    from micro_diffusion.runtime.report import Section, commands, facts, figure, html_page, paragraph
+    from micro_diffusion.runtime.report import commands, facts, figure, html_page, paragraph
 
-    count, own, psnr = results["pictures"], results["nearest_is_own"], results["median_psnr_db"]
+    count, model = results["pictures"], recipe.model
     minutes = sum(results["seconds"].values()) / 60
     lead = (
         f"A diffusion transformer, trained from scratch on {count} drawings through the four stages of MicroDiT. "
-        f"{own:.0%} of its pictures are nearest to their own true picture among all {count}; median PSNR {psnr:.1f} dB."
+        f"{results['nearest_is_own']:.0%} of its pictures are nearest to their own true picture among all {count}; "
+        f"median PSNR {results['median_psnr_db']:.1f} dB."
     )
-    stages = {
-        f"stage {number}: {stage.name}": f"{stage.images:,} images, {stage.mask_ratio:.0%} of the patches dropped, "
-        f"batch {stage.batch_size}, learning rate {stage.learning_rate:g}"
-        for number, stage in enumerate(recipe.stages, 1)
-    }
-    model = recipe.model
     settings = {
-        "model": f"{model.depth} blocks, {model.dim} wide, patches of {model.patch_size} x {model.patch_size} latents",
-        **stages,
-        "sampling": f"{STEPS} Heun steps, guidance {GUIDANCE:g}, seed {SEED}",
-        "autoencoder, text encoder": f"{recipe.autoencoder}, {recipe.text_encoder}",
+        "model": f"{model.depth} blocks, {model.dim} wide, patches of {model.patch_size} x {model.patch_size} latents"
     }
+    for number, stage in enumerate(recipe.stages, 1):
+        settings[f"stage {number}: {stage.name}"] = (
+            f"{stage.images:,} images, {stage.mask_ratio:.0%} of the patches dropped, "
+            f"batch {stage.batch_size}, learning rate {stage.learning_rate:g}"
+        )
+    settings["sampling"] = f"{STEPS} Heun steps, guidance {GUIDANCE:g}, seed {SEED}"
+    settings["autoencoder, text encoder"] = f"{recipe.autoencoder}, {recipe.text_encoder}"
     times = {f"seconds to {name}": value for name, value in results["seconds"].items()}
     memory = {"peak memory": f"{results['peak_memory_gb']} GB"}
     go_on = [
@@ -236,27 +227,22 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         "micro-diffusion train emoji --store emoji-store --run emoji-run     # one GPU, about twenty minutes",
         "micro-diffusion prepare path/to/your/pictures --out my-store",
     ]
-    sections = [
-        Section(
-            "What it drew",
-            paragraph(MEMORISES)
-            + figure(
-                figures["grid"],
-                alt=f"{count} pairs of a drawn and a true picture, with the prompt under each pair",
-                caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
-            ),
-        ),
-        Section(
-            "What each stage could draw",
-            figure(
-                figures["stages"],
-                alt="A row for each of some prompts; a column for each stage, and the true picture last",
-                caption="The same prompts and noise after each of the four stages.",
-            ),
-        ),
-        Section("Loss", figure(figures["loss"], alt="Training loss over images seen", caption=WITHIN)),
-        Section("Settings", facts(settings)),
-        Section(f"Time and machine: {minutes:.1f} minutes", facts({**times, **memory, **results["machine"]})),
-        Section("Go on from here", commands(go_on)),
-    ]
+    grid = figure(
+        figures["grid.png"],
+        alt=f"{count} pairs of a drawn and a true picture, with the prompt under each pair",
+        caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
+    )
+    stages = figure(
+        figures["stages.png"],
+        alt="A row for each of some prompts; a column for each stage, and the true picture last",
+        caption="The same prompts and noise after each of the four stages.",
+    )
+    sections = {
+        "What it drew": paragraph(MEMORISES) + grid,
+        "What each stage could draw": stages,
+        "Loss": figure(figures["loss.svg"], alt="Training loss over images seen", caption=WITHIN),
+        "Settings": facts(settings),
+        f"Time and machine: {minutes:.1f} minutes": facts({**times, **memory, **results["machine"]}),
+        "Go on from here": commands(go_on),
+    }
     return html_page("A text-to-image model in minutes", lead, sections)

@@ -1,6 +1,5 @@
 """`micro-diffusion train`: a recipe and latent stores become a run folder with a model in it."""
 
-import difflib
 import json
 import runpy
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import choose, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from micro_diffusion.training.config import Recipe
     from micro_diffusion.training.stages import State
 
+FROM_CHECKPOINT = ("model", "objective", "sigma_data", "flow_shift", "start_from", "start_from_sha256")
 SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
 
 
@@ -60,9 +61,7 @@ def find_recipe(name: str) -> "Recipe":
 
     file, _, function = name.partition(":")
     if Path(file).suffix not in (".json", ".py"):
-        if name not in RECIPES:
-            raise UserError(f"There is no recipe {name!r}; {nearest(name, RECIPES)}.")
-        return RECIPES[name]()
+        return choose(RECIPES, name, "recipe")()
     if not Path(file).is_file():
         raise UserError(f"There is no recipe file {file}.")
     if Path(file).suffix == ".json":
@@ -87,10 +86,7 @@ def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
         for name in path:
             place = place[_known(place, name, key)]
         place[_known(place, last, key)] = _value(text)
-    try:
-        return type(recipe).from_json(json.dumps(data))
-    except ValueError as error:  # of the model's configuration
-        raise UserError(f"--set {' '.join(settings)}: {error}.") from error
+    return type(recipe).from_json(json.dumps(data))
 
 
 def fine_tuning(
@@ -107,41 +103,38 @@ def fine_tuning(
     from micro_diffusion.training.config import Recipe
 
     set_here = {key: value for key, _, value in (change.partition("=") for change in changes)}
+
+    def refuse(key: str) -> None:
+        raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
+
     for key in set_here:
-        if key.split(".")[0] in ("model", "objective", "sigma_data", "flow_shift") or key.endswith("pos_interp_scale"):
-            raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
+        if key.split(".")[0] in FROM_CHECKPOINT or key.endswith("pos_interp_scale"):
+            refuse(key)
     saved, weights = run / "recipe.json", None
     before = Recipe.from_json(saved.read_text()) if saved.is_file() and latest(run / "checkpoints") else None
     if before is not None and before.start_from == name:
         span = before.stages[0].resolution / before.stages[0].pos_interp_scale
-        same = ("model", "objective", "sigma_data", "flow_shift", "text_length", "start_from", "start_from_sha256")
-        taken = {key: getattr(before, key) for key in (*same, "autoencoder", "text_encoder")}
-        taken |= {key: set_here[key] for key in ("autoencoder", "text_encoder") if key in set_here}
+        kept = {"autoencoder", "text_encoder", "text_length"} - set_here.keys()  # what is set must still be the same
+        taken = {key: getattr(before, key) for key in (*FROM_CHECKPOINT, *kept)}
     else:
-        dit, card = load_checkpoint(
-            name, autoencoder=set_here.get("autoencoder"), text_encoder=set_here.get("text_encoder")
-        )
-        weights, objective = dit.state_dict(), card.objective
-        span = card.resolution / card.dit.pos_interp_scale
+        parts = {key: set_here.get(key) for key in ("autoencoder", "text_encoder")}
+        dit, card = load_checkpoint(name, **parts)
+        weights, span = dit.state_dict(), card.resolution / card.dit.pos_interp_scale
         taken = {
             "model": replace(card.dit, pos_interp_scale=1.0),
-            "objective": "edm" if isinstance(objective, EDM) else "flow",
-            "sigma_data": objective.sigma_data if isinstance(objective, EDM) else 0.9,
-            "flow_shift": 1.0 if isinstance(objective, EDM) else objective.shift,
+            "objective": "edm" if isinstance(card.objective, EDM) else "flow",
+            "sigma_data": getattr(card.objective, "sigma_data", 0.9),
+            "flow_shift": getattr(card.objective, "shift", 1.0),
             "text_length": card.text_length or recipe.text_length,
             "autoencoder": card.autoencoder.name,
             "text_encoder": card.text_encoder.name,
             "start_from": name,
             "start_from_sha256": hash_tensors(weights),
         }
+        if "text_length" in set_here and taken["text_length"] != recipe.text_length:
+            refuse("text_length")
     stages = tuple(replace(stage, pos_interp_scale=stage.resolution / span) for stage in recipe.stages)
     return replace(recipe, stages=stages, **taken), weights
-
-
-def nearest(name: str, known: Mapping[str, Any]) -> str:
-    """`did you mean 'x'?` or the list of what there is, for an error message."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}" if near else f"there is: {', '.join(known) or 'nothing'}"
 
 
 def _known(place: Any, name: str, key: str) -> Any:
@@ -150,7 +143,7 @@ def _known(place: Any, name: str, key: str) -> Any:
     if isinstance(place, list | dict):
         known = {str(each): each for each in (place if isinstance(place, dict) else range(len(place)))}
     if name not in known:
-        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}.")
+        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}")
     return known[name]
 
 
@@ -273,7 +266,7 @@ def sampler(
 
 def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str) -> "Callable[[Path, State], None]":
     """A function that writes the weights of the moment as a model folder."""
-    from micro_diffusion.models.checkpoints import ModelCard, Part, save_model
+    from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 
     def release(folder: Path, state: "State") -> None:
         stage = recipe.stages[state.stage]
@@ -287,6 +280,6 @@ def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str
             recipe=recipe.name,
             text_length=recipe.text_length,
         )
-        save_model(folder, state.shown, card=card)
+        write_folder(folder, state.shown.state_dict(), card=card)
 
     return release

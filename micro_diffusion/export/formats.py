@@ -10,7 +10,8 @@ from torch import Tensor
 
 from micro_diffusion.models.checkpoints import ModelCard, build, write_folder
 from micro_diffusion.models.released import PIPELINE_WEIGHTS, read_checkpoint
-from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder, sync, write_atomic
+from micro_diffusion.runtime.files import UserError, atomic_file, atomic_folder, write_atomic
+from micro_diffusion.runtime.parse import choose
 
 Weights = Mapping[str, Tensor]
 
@@ -19,35 +20,25 @@ def export(
     name: str, out: Path, *, to: str, autoencoder: str | None = None, text_encoder: str | None = None
 ) -> ModelCard:
     """Write the checkpoint that `read_checkpoint` finds to `out`, in one of `FORMATS`; returns its card."""
-    if to not in FORMATS:
-        raise UserError(f"There is no format {to!r}; choose one of: {', '.join(FORMATS)}.")
-    if out.exists():
-        raise UserError(f"{out} is there already; remove it, or choose another --out.")
+    write = choose(FORMATS, to, "format")
+    for path in (out, *([out.with_suffix(".json")] if to == "official" else [])):
+        if path.exists():
+            raise UserError(f"{path} is there already; remove it, or choose another --out.")
     weights, card = read_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
     dit = build(weights, card, where=name)  # checks that they fit
     out.parent.mkdir(parents=True, exist_ok=True)
-    FORMATS[to](out, {name: weights[name].contiguous() for name in dit.state_dict()}, card)
+    write(out, {name: weights[name].contiguous() for name in dit.state_dict()}, card=card)
     return card
 
 
-def write_safetensors(out: Path, weights: Weights, card: ModelCard) -> None:
-    """A model folder, as training writes it."""
-    write_folder(out, weights, card=card)
-
-
-def write_official(out: Path, weights: Weights, card: ModelCard) -> None:
+def write_official(out: Path, weights: Weights, *, card: ModelCard) -> None:
     """A flat state dict, as the paper's files are, and beside it a .json with what the file cannot say."""
     write_atomic(out.with_suffix(".json"), card.to_json())
-    temporary = out.with_name(TEMPORARY_PREFIX + out.name)
-    try:
+    with atomic_file(out) as temporary:
         torch.save(dict(weights), temporary)
-        sync(temporary)
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def write_diffusers(out: Path, weights: Weights, card: ModelCard) -> None:
+def write_diffusers(out: Path, weights: Weights, *, card: ModelCard) -> None:
     """A folder that `MicroDiffusionPipeline.from_pretrained` opens: the transformer, and the names of its encoders.
 
     The encoders are not copied: their licences are their own, and `pipeline.vae` and `text_encoder` load them by name.
@@ -64,8 +55,8 @@ def write_diffusers(out: Path, weights: Weights, card: ModelCard) -> None:
         (temporary / "README.md").write_text(model_card(card, parameters=sum(t.numel() for t in weights.values())))
 
 
-FORMATS: dict[str, Callable[[Path, Weights, ModelCard], None]] = {
-    "safetensors": write_safetensors,
+FORMATS: dict[str, Callable[..., None]] = {
+    "safetensors": write_folder,
     "diffusers": write_diffusers,
     "official": write_official,
 }

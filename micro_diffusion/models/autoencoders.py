@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import micro_diffusion.embedded
-from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
+from micro_diffusion.models.pretrained import loading, part_folder, weight_files, weights_sha256
 from micro_diffusion.runtime.files import UserError
 
 EMBEDDED = "embedded"
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FILES = (WEIGHTS, "diffusion_pytorch_model-*.safetensors", f"{WEIGHTS}.index.json", "config.json")
+FILE = "diffusion_pytorch_model.safetensors"
+WEIGHTS = ((FILE,), ("diffusion_pytorch_model-*.safetensors", f"{FILE}.index.json"))
 PIXELS_AT_ONCE = 2**20  # bounds the memory of a call: 64 pictures at 128 px, 4 at 512 px
 TILE = 1024  # pixels of a side; a picture of more than TILE x TILE is decoded in tiles of that size at most
 
@@ -118,10 +118,9 @@ def load_autoencoder(
     A pipeline's folder will do, if the autoencoder is in its subfolder `vae`. Raises UserError when it is not there or
     does not load.
     """
-    folder = _folder(name)
-    weights = sorted(folder.glob(WEIGHTS)) or sorted(folder.glob(FILES[1]))
-    if not weights:
-        raise UserError(f"The autoencoder {name!r} has no file {WEIGHTS} in {folder}; choose one that has.")
+    embedded = Path(micro_diffusion.embedded.__path__[0], "autoencoder")
+    folder = embedded if name == EMBEDDED else part_folder(name, ["config.json"], weights=WEIGHTS, subfolder="vae")
+    weights = weight_files(f"autoencoder {name!r}", folder, WEIGHTS)
     with loading(f"autoencoder in {folder}", library="diffusers") as diffusers:
         kind = diffusers.AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
         if kind not in KINDS:
@@ -134,13 +133,6 @@ def load_autoencoder(
     if missing := report["missing_keys"]:
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
-
-
-def _folder(name: str) -> Path:
-    if name == EMBEDDED:
-        return Path(micro_diffusion.embedded.__path__[0], "autoencoder")
-    folder = part_folder(name, [*FILES, *(f"vae/{file}" for file in FILES)])
-    return folder / "vae" if (folder / "vae").is_dir() else folder
 
 
 def _at_once(pixels: int) -> int:

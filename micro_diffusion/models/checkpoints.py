@@ -1,12 +1,10 @@
 """Model folders: model.safetensors, and a config.json that names all that drawing needs."""
 
 import dataclasses
-import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,8 +14,8 @@ from torch import Tensor
 from micro_diffusion.diffusion.objectives import EDM, OBJECTIVES, Flow
 from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
+from micro_diffusion.runtime.parse import choose, parse, read_json
 
-T = TypeVar("T")
 FORMAT, VERSION = "micro-diffusion model", 1
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -53,28 +51,17 @@ class ModelCard:
     @classmethod
     def from_json(cls, text: str) -> "ModelCard":
         """The inverse of `to_json`; UserError names what is unknown, missing or impossible."""
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{CONFIG} is not JSON ({error}); copy the model folder again.") from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        values = read_json(text, CONFIG)
+        if values.pop("format", None) != FORMAT:
             raise UserError(f"{CONFIG} does not describe a model of this program; give a run's model folder.")
         if (version := values.pop("version", None)) != VERSION:
             raise UserError(f"{CONFIG} has version {version}, this program reads {VERSION}; install the newer program.")
         objective = values.get("objective")
         name = objective.pop("name", None) if isinstance(objective, dict) else None
-        if name not in OBJECTIVES:
-            raise UserError(f"{CONFIG}: there is no objective {name!r} (there is: {', '.join(OBJECTIVES)}).")
-        kinds = {"dit": DiTConfig, "objective": OBJECTIVES[name], "autoencoder": Part, "text_encoder": Part}
-        made = {key: _make(kind, values[key], f"{key}.") for key, kind in kinds.items() if key in values}
-        return _make(cls, values | made, "")
-
-
-def save_model(folder: Path, dit: DiT, *, card: ModelCard) -> None:
-    """Write the model folder; whole or not at all."""
-    if card.dit != dit.config:
-        raise ValueError("the card describes another transformer")
-    write_folder(folder, dit.state_dict(), card=card)
+        kind = choose(OBJECTIVES, str(name), f"objective in {CONFIG} named")
+        values["objective"] = parse(kind, objective, f"{CONFIG}.objective")
+        card: ModelCard = parse(cls, values, CONFIG)
+        return card
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard) -> None:
@@ -83,12 +70,6 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_atomic(temporary / CONFIG, card.to_json())
-
-
-def load_model(folder: Path) -> tuple[DiT, ModelCard]:
-    """The transformer of a model folder, on the CPU in float32, and its card; UserError if anything does not fit."""
-    weights, card = read_folder(Path(folder))
-    return build(weights, card, where=str(folder)), card
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
@@ -131,20 +112,3 @@ def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], *, w
             raise UserError(f"{advice}: the tensor {name} has the shape {shapes}.")
     for name in weights.keys() - wanted.keys():
         raise UserError(f"{advice}: nothing has a tensor {name}.")
-
-
-def _make(kind: Callable[..., T], values: Any, where: str) -> T:
-    """A dataclass from parsed JSON, in which tuples have become lists."""
-    if not isinstance(values, dict):
-        raise UserError(f"{CONFIG}: {where.rstrip('.')} must be a table of settings.")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values.keys() - fields.keys():
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-        raise UserError(f"{CONFIG}: there is no setting {where}{key} (the nearest is {where}{near}).")
-    for name, field in fields.items():
-        if name not in values and field.default is dataclasses.MISSING:
-            raise UserError(f"{CONFIG} lacks the setting {where}{name}.")
-    try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{CONFIG}: {where.rstrip('.')}: {error}.") from error

@@ -1,5 +1,6 @@
 """MicroDiT (arXiv 2407.15811): a diffusion transformer with patch mixer, deferred masking and expert-choice layers."""
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -7,10 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from micro_diffusion.diffusion.objectives import Prediction
+from micro_diffusion.diffusion.objectives import Network, Prediction
 from micro_diffusion.models import initialise
 from micro_diffusion.models.layers import (
-    CaptionEmbedder,
     CrossAttention,
     FinalLayer,
     Modulation,
@@ -27,6 +27,7 @@ from micro_diffusion.models.layers import (
 from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.models.pos_embed import sincos_2d
+from micro_diffusion.runtime.device import autocast
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,13 @@ class DiT(nn.Module):
         patch_dim = c.patch_size**2 * c.in_channels
         self.x_embedder = PatchEmbed(c.in_channels, c.patch_size, c.dim)
         self.t_embedder = NoiseEmbedder(c.dim)
-        self.y_embedder = CaptionEmbedder(c.caption_channels, c.dim, c.norm_eps)
+        self.y_embedder = nn.Sequential(OrderedDict(y_proj=TextPerceptron(c.caption_channels, c.dim, c.norm_eps)))
         self.y_emb_preprocess = Refiner(c.dim, c.head_dim, c.multiple_of, eps=c.norm_eps, bias=c.use_bias)
         self.pooled_y_emb_process = TextPerceptron(c.dim, c.dim, c.norm_eps)
         mixer_dim = c.patch_mixer_dim if c.use_patch_mixer else c.dim
+        qkv, ffn = c.patch_mixer_qkv_ratio, c.patch_mixer_mlp_ratio
         self.patch_mixer = nn.ModuleList(
-            Block(
-                c,
-                mixer_dim,
-                qkv_ratio=c.patch_mixer_qkv_ratio,
-                ffn_ratio=c.patch_mixer_mlp_ratio,
-                experts=c.is_expert(i),
-            )
+            Block(c, mixer_dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i))
             for i in range(c.patch_mixer_depth if c.use_patch_mixer else 0)
         )
 
@@ -236,3 +232,24 @@ def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float
     state = {key: value for key, value in dit.state_dict().items() if key != "pos_embed"}
     other.load_state_dict(state | {"pos_embed": other.pos_embed})
     return other.to(dit.pos_embed.device)
+
+
+def conditioned(
+    dit: DiT,
+    text: Float[Tensor, "b l d"] | EncodedText,
+    text_mask: Bool[Tensor, "b l"] | None = None,
+    *,
+    precision: str,
+    mask_ratio: float = 0.0,
+    mask_noise: Float[Tensor, "b t"] | None = None,
+) -> Network:
+    """The network as an objective calls it, with caption, mask and precision fixed."""
+    text_mask = text_mask if dit.config.text_mask == "padding" else None
+    mask_noise = mask_noise if mask_ratio else None
+
+    def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
+        x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64
+        with autocast(x.device, precision):
+            return dit(x, noise_label, text, text_mask=text_mask, mask_ratio=mask_ratio, mask_noise=mask_noise)
+
+    return network

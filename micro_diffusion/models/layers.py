@@ -126,17 +126,6 @@ class TextPerceptron(nn.Module):
         return self.fc2(self.norm(F.gelu(self.fc1(x), approximate="tanh")))
 
 
-class CaptionEmbedder(nn.Module):
-    """Brings the text encoder's states to the model's width."""
-
-    def __init__(self, in_dim: int, dim: int, eps: float) -> None:
-        super().__init__()
-        self.y_proj = TextPerceptron(in_dim, dim, eps)
-
-    def forward(self, states: Float[Tensor, "b l c"]) -> Float[Tensor, "b l d"]:
-        return self.y_proj(states)
-
-
 class Refiner(nn.Module):
     """One pre-norm self-attention and feed-forward block over the caption."""
 

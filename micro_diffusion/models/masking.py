@@ -42,18 +42,17 @@ def scatter_patches(
     return full.scatter(1, kept[:, :, None].expand_as(x), x)
 
 
-class Text(NamedTuple):
-    """Caption states, and which positions hold a token (None: all)."""
+class TextFeatures(NamedTuple):
+    """States of a text encoder, zero where padded; the mask is True on tokens."""
 
     states: Float[Tensor, "b l d"]
-    mask: Bool[Tensor, "b l"] | None
+    mask: Bool[Tensor, "b l"]
 
 
-def null_caption(states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None, dropped: Bool[Tensor, " b"]) -> Text:
-    """Replace the captions where `dropped` by the null caption: zeros and, with a mask, a single token of zeros."""
-    states = states.masked_fill(dropped[:, None, None], 0.0)
-    if mask is not None:
-        single = torch.zeros_like(mask)
-        single[:, 0] = True
-        mask = torch.where(dropped[:, None], single, mask)
-    return Text(states, mask)
+def null_caption(
+    states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"], dropped: Bool[Tensor, " b"]
+) -> TextFeatures:
+    """Replace the captions where `dropped` by the null caption: zeros, of which a single one is a token."""
+    single = torch.zeros_like(mask)
+    single[:, 0] = True
+    return TextFeatures(states.masked_fill(dropped[:, None, None], 0.0), torch.where(dropped[:, None], single, mask))

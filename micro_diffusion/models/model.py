@@ -2,7 +2,6 @@
 
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,24 +10,24 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from micro_diffusion.diffusion.guidance import guided
-from micro_diffusion.diffusion.objectives import EDM, Flow, Network, Prediction
+from micro_diffusion.diffusion.objectives import EDM, Flow, Network
 from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
 from micro_diffusion.models.checkpoints import ModelCard, Part
-from micro_diffusion.models.dit import DiT
-from micro_diffusion.models.masking import null_caption
+from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.models.masking import TextFeatures, null_caption
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.models.released import SDXL, load_checkpoint
 from micro_diffusion.models.text_encoders import (
     DFN5B,
     TextEncoder,
-    TextFeatures,
     load_text_encoder,
     text_encoder_width,
     text_mask_policy,
 )
 from micro_diffusion.runtime.device import autocast
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import choose
 from micro_diffusion.runtime.random import derive_seed
 
 Seed = int | Sequence[int] | None
@@ -62,11 +61,6 @@ class LatentDiffusion(nn.Module):
         self.text_length, self.precision = text_length, precision
         self.train_mask_ratio, self.precomputed_latents = train_mask_ratio, precomputed_latents
         self._loaders: Mapping[str, Callable[[], nn.Module]] = {"vae": load_vae, "text_encoder": load_text_encoder}
-
-    @classmethod
-    def from_folder(cls, folder: Path, *, device: torch.device | str = "cpu") -> "LatentDiffusion":
-        """The model of a run's model folder; UserError if an encoder is not the one that it was trained with."""
-        return cls.from_checkpoint(str(folder), device=device)
 
     @classmethod
     def from_checkpoint(
@@ -242,12 +236,8 @@ def create_latent_diffusion(
     text encoder's name says `?mask=none`. With `precomputed_latents`, training takes latents, and the encoders are
     loaded at their first use, onto the transformer's device, otherwise at once.
     """
-    precisions = {"bfloat16": "bf16", "float32": "float32"}
-    if dit_arch not in PRESETS or dtype not in precisions:
-        known = PRESETS if dit_arch not in PRESETS else precisions
-        wrong = dit_arch if dit_arch not in PRESETS else dtype
-        raise UserError(f"There is no {wrong!r}; choose one of: {', '.join(known)}.")
-    config = PRESETS[dit_arch](
+    precision = choose({"bfloat16": "bf16", "float32": "float32"}, dtype, "dtype")
+    config = choose(PRESETS, dit_arch, "dit_arch")(
         input_size=latent_res,
         in_channels=in_channels,
         caption_channels=text_encoder_width(text_encoder_name),
@@ -259,7 +249,7 @@ def create_latent_diffusion(
         EDM(p_mean=p_mean, p_std=p_std),
         load_vae=lambda: load_autoencoder(vae_name),
         load_text_encoder=lambda: load_text_encoder(text_encoder_name),
-        precision=precisions[dtype],
+        precision=precision,
         train_mask_ratio=train_mask_ratio,
         precomputed_latents=precomputed_latents,
     )
@@ -284,16 +274,14 @@ def sample_latents(
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "b c h w"]:
     """Latents from unit noise; guided away from `negative`, which is the null caption by default."""
-    if sampler not in SAMPLERS:
-        raise UserError(f"There is no sampler {sampler!r}; choose one of: {', '.join(SAMPLERS)}.")
+    sample = choose(SAMPLERS, sampler, "sampler")
     if num_inference_steps < 1:
         raise UserError(f"{num_inference_steps} sampling steps are too few; one is the least.")
     if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
         raise UserError(f"The guidance interval {guidance_interval} is empty; give a lower and a higher noise level.")
     if negative is None:
         dropped = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        states, mask = null_caption(text.states, text.mask, dropped)
-        negative = TextFeatures(states, text.mask if mask is None else mask)
+        negative = null_caption(*text, dropped)
 
     def denoiser(features: TextFeatures) -> Denoiser:
         network = text_network(dit, features, precision=precision)
@@ -301,7 +289,7 @@ def sample_latents(
 
     denoise = guided(denoiser(text), denoiser(negative), scale=guidance_scale, interval=guidance_interval)
     levels = objective.levels(num_inference_steps)
-    return SAMPLERS[sampler](denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
+    return sample(denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
 
 
 def text_network(
@@ -320,20 +308,14 @@ def text_network(
     if device.type != "cuda":
         precision = "bf16" if dit.x_embedder.proj.weight.dtype == torch.bfloat16 else "float32"
     with autocast(device, precision):
-        encoded = dit.encode_text(text.states, text.mask)
-
-    def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
-        x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64
-        with autocast(device, precision):
-            return dit(x, noise_label, encoded, mask_ratio=mask_ratio, mask_noise=mask_noise if mask_ratio else None)
-
-    return network
+        encoded = dit.encode_text(*text)
+    return conditioned(dit, encoded, precision=precision, mask_ratio=mask_ratio, mask_noise=mask_noise)
 
 
 def _prompts(
     prompt: str | Sequence[str] | None, tokens: Int[Tensor, "*b l"] | None
 ) -> Sequence[str] | Int[Tensor, "*b l"]:
-    if tokens is not None and prompt is None:
+    if tokens is not None and prompt is None and len(tokens):
         return tokens
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
     if not prompts or tokens is not None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from micro_diffusion.models.pretrained import cache_folder, first_line, load_pickle, optional_package, part_folder
-from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, sha256
+from micro_diffusion.runtime.files import UserError, atomic_file, sha256
 
 PREFIX = "openclip:"
 CONFIG = "open_clip_config.json"
@@ -83,12 +82,8 @@ def _cut_out(weights: Path) -> Path:
         tower = {name: tensor for name, tensor in load_pickle(weights).items() if _text_key(name)}
     tower = {_text_key(name): tensor.float().contiguous() for name, tensor in tower.items()}
     cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_name(f"{TEMPORARY_PREFIX}{os.getpid()}-{cached.name}")
-    try:
+    with atomic_file(cached, shared=True) as temporary:
         save_file(tower, temporary, metadata={"format": "pt"})
-        temporary.replace(cached)
-    finally:
-        temporary.unlink(missing_ok=True)
     return cached
 
 

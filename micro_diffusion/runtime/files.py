@@ -22,18 +22,25 @@ def sha256(path: Path) -> str:
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader, or a kill, sees the old content or the new one and nothing between."""
-    path = Path(path)
-    temporary = path.with_name(TEMPORARY_PREFIX + path.name)
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_file(final: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `final`; on success sync it and rename it to `final`, on error remove it.
+
+    With `shared`, several processes may write the same file at once.
+    """
+    temporary = final.with_name(f"{TEMPORARY_PREFIX}{f'{os.getpid()}-' if shared else ''}{final.name}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporary
+        sync(temporary)
+        temporary.replace(final)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    sync(final.parent)
 
 
 @contextlib.contextmanager
@@ -82,7 +89,7 @@ def sync(path: Path) -> None:
     """Ask the system to put a file, or a folder's list of names, on the disk. Windows cannot open folders: skipped."""
     if os.name == "nt" and path.is_dir():
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

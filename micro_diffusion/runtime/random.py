@@ -21,39 +21,21 @@ def derive_seed(seed: int, *parts: str | int) -> int:
 
 
 def draw_normal(
-    seed: int,
-    purpose: str,
-    positions: Int[Tensor, " b"],
-    shape: tuple[int, ...] = (),
-    *,
-    device: torch.device | str = "cpu",
+    seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...] = ()
 ) -> Float[Tensor, "b *shape"]:
-    """Standard normal float32 draws, one of the given shape for each position.
-
-    Drawn on the CPU whatever the device, so that the numbers are the same everywhere.
-    """
-    return _draw(lambda source, size: source.standard_normal(size, np.float32), seed, purpose, positions, shape, device)
+    """Standard normal float32 draws, one of the given shape for each position; on the CPU, the same everywhere."""
+    return _draw(np.random.Generator.standard_normal, seed, purpose, positions, shape)
 
 
 def draw_uniform(
-    seed: int,
-    purpose: str,
-    positions: Int[Tensor, " b"],
-    shape: tuple[int, ...] = (),
-    *,
-    device: torch.device | str = "cpu",
+    seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...] = ()
 ) -> Float[Tensor, "b *shape"]:
     """Like `draw_normal`, but uniform in [0, 1)."""
-    return _draw(lambda source, size: source.random(size, np.float32), seed, purpose, positions, shape, device)
+    return _draw(np.random.Generator.random, seed, purpose, positions, shape)
 
 
 def _draw(
-    fill: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray],
-    seed: int,
-    purpose: str,
-    positions: Int[Tensor, " b"],
-    shape: tuple[int, ...],
-    device: torch.device | str,
+    fill: Callable[..., np.ndarray], seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...]
 ) -> Float[Tensor, "b *shape"]:
     draws = torch.empty(len(positions), *shape)
     order = positions.argsort()
@@ -61,5 +43,5 @@ def _draw(
     for block, rows in zip(blocks.tolist(), order.split(counts.tolist()), strict=True):
         # Philox takes the whole key; torch's CPU generator keeps 32 bits of it, which a long run would repeat
         source = np.random.Generator(np.random.Philox(key=derive_seed(seed, purpose, block)))
-        draws[rows] = torch.from_numpy(fill(source, (BLOCK, *shape)))[positions[rows] % BLOCK]
-    return draws.to(device)
+        draws[rows] = torch.from_numpy(fill(source, (BLOCK, *shape), np.float32))[positions[rows] % BLOCK]
+    return draws

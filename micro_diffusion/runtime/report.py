@@ -247,13 +247,6 @@ def curve_svg(
     return "\n".join([*out, "</svg>"])
 
 
-class Section(NamedTuple):
-    """A heading and its body, already HTML (made by `paragraph`, `figure`, `facts`, `commands`)."""
-
-    heading: str
-    body: str
-
-
 def paragraph(text: str) -> str:
     """Plain text as one paragraph."""
     return f"<p>{html.escape(text)}</p>"
@@ -301,9 +294,9 @@ pre{background:var(--soft);border:1px solid var(--line);border-radius:8px;paddin
 """
 
 
-def html_page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """One self-contained page, light or dark as the reader's system is."""
-    body = "\n".join(f"<section><h2>{html.escape(s.heading)}</h2>\n{s.body}</section>" for s in sections)
+def html_page(title: str, lead: str, sections: Mapping[str, str]) -> str:
+    """One self-contained page, light or dark as the reader's system is; headings with their bodies, already HTML."""
+    body = "\n".join(f"<section><h2>{html.escape(name)}</h2>\n{text}</section>" for name, text in sections.items())
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'

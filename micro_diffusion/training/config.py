@@ -1,16 +1,17 @@
 """What a run is: a `Recipe`, which is a model, a list of `Stage`s and the settings they share."""
 
 import dataclasses
-import difflib
 import itertools
 import json
-import types
 from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 from micro_diffusion.diffusion.objectives import EDM, Flow
 from micro_diffusion.models.dit import DiTConfig
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.parse import parse, read_json
+
+INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every")
 
 
 @dataclass(frozen=True)
@@ -46,34 +47,28 @@ class Stage:
 
     def validate(self) -> None:
         """Raise UserError for a setting that cannot work or that does nothing."""
-        for name in ("resolution", "images", "batch_size", "learning_rate", "clip_norm", "p_std", "pos_interp_scale"):
-            self._require(getattr(self, name) > 0, f"{name} must be positive")
-        for name in ("micro_batch", "warmup_images", "final_lr_ratio", "ema_halflife_images", "ema_start_images"):
-            self._require(getattr(self, name) >= 0, f"{name} must not be negative")
-        whole = max(1, round(self.images / self.batch_size)) * self.batch_size
-        self._require(
-            self.images == whole, f"images must be a whole number of batches of {self.batch_size}: {whole} is nearest"
-        )
-        if self.micro_batch:
-            self._require(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
-            self._require(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
-        self._require(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
-        self._require(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
-        if self.schedule == "constant":
-            self._require(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
-        else:
-            self._require(
-                self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it"
-            )
-        if self.ema_start_images:
-            self._require(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
-            self._require(
-                self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images"
-            )
 
-    def _require(self, condition: bool, message: str) -> None:
-        if not condition:
-            raise UserError(f"stage {self.name!r}: {message}")
+        def need(condition: bool, message: str) -> None:
+            require(condition, f"stage {self.name!r}: {message}")
+
+        for name in ("resolution", "images", "batch_size", "learning_rate", "clip_norm", "p_std", "pos_interp_scale"):
+            need(getattr(self, name) > 0, f"{name} must be positive")
+        for name in ("micro_batch", "warmup_images", "final_lr_ratio", "ema_halflife_images", "ema_start_images"):
+            need(getattr(self, name) >= 0, f"{name} must not be negative")
+        whole = max(1, round(self.images / self.batch_size)) * self.batch_size
+        need(self.images == whole, f"images must be whole batches of {self.batch_size}: {whole} is nearest")
+        if self.micro_batch:
+            need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
+            need(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
+        need(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
+        need(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
+        if self.schedule == "constant":
+            need(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
+        else:
+            need(self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it")
+        if self.ema_start_images:
+            need(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
+            need(self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images")
 
 
 @dataclass(frozen=True)
@@ -125,7 +120,7 @@ class Recipe:
     @property
     def intervals(self) -> tuple[int, ...]:
         """Images between the moments at which something other than a step happens."""
-        return self.log_every, self.checkpoint_every, self.sample_every, self.validate_every
+        return tuple(getattr(self, name) for name in INTERVALS)
 
     def stage_model(self, stage: Stage, *, downscale: int) -> DiTConfig:
         """The model at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
@@ -143,34 +138,32 @@ class Recipe:
 
     def validate(self) -> None:
         """Raise UserError for a setting that cannot work or that does nothing."""
-        _require(len(self.stages) > 0, "a recipe needs at least one stage")
+        require(len(self.stages) > 0, "a recipe needs at least one stage")
         for stage in self.stages:
             stage.validate()
-        _require(len({stage.name for stage in self.stages}) == len(self.stages), "two stages have the same name")
+        require(len({stage.name for stage in self.stages}) == len(self.stages), "two stages have the same name")
         first = self.stages[0]
-        _require(first.start == "scratch", f"stage {first.name!r} is the first: its start must be 'scratch'")
+        require(first.start == "scratch", f"stage {first.name!r} is the first: its start must be 'scratch'")
         for before, stage in itertools.pairwise(self.stages):
-            _require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
+            require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
             same = (before.resolution, before.pos_interp_scale) == (stage.resolution, stage.pos_interp_scale)
-            _require(
+            require(
                 same or stage.start == "weights",
                 f"stage {stage.name!r} changes the resolution or pos_interp_scale: its start must be 'weights'",
             )
-        _require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
-        _require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
-        _require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
-        edm = self.objective == "edm"
-        _require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
-        _require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")
-        _require(
-            self.model.text_mask == "padding" or self.text_length is not None,
-            "text_mask 'none' pools over every text position: set text_length, so that all batches have as many",
-        )
-        _require(not self.compile or self.text_length is not None, "compile needs fixed shapes: set text_length")
-        _require(self.log_every > 0, "log_every must be positive")
-        for name in ("log_every", "checkpoint_every", "sample_every", "validate_every"):
+        require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
+        require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
+        require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
+        edm, fixed = self.objective == "edm", self.text_length is not None
+        require(edm or self.sigma_data == 0.9, "sigma_data does nothing with the flow objective")
+        require(not edm or self.flow_shift == 1, "flow_shift does nothing with the edm objective")
+        pooled = "text_mask 'none' pools over every text position: set text_length, so that all batches have as many"
+        require(fixed or self.model.text_mask == "padding", pooled)
+        require(fixed or not self.compile, "compile needs fixed shapes: set text_length")
+        require(self.log_every > 0, "log_every must be positive")
+        for name in INTERVALS:
             every = getattr(self, name)
-            _require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
+            require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
 
     def to_json(self) -> str:
         """The recipe as text that `from_json` reads back equal."""
@@ -179,11 +172,7 @@ class Recipe:
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
         """Read and validate a recipe; UserError names an unknown key and the nearest known one."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"the recipe is not valid JSON: {error}") from error
-        recipe: Recipe = _parse(cls, data, "recipe")
+        recipe: Recipe = parse(cls, read_json(text, "recipe"), "recipe")
         recipe.validate()
         return recipe
 
@@ -199,7 +188,7 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     ]
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
@@ -209,48 +198,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix[:-1]: value}
     items = value.items() if isinstance(value, dict) else enumerate(value)
     return {key: leaf for name, part in items for key, leaf in _flat(part, f"{prefix}{name}.").items()}
-
-
-def _parse(hint: Any, value: Any, where: str) -> Any:
-    """Turn a JSON value into the type `hint`; UserError says where it does not fit."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
-        return _parse_dataclass(hint, value, where)
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (Union, types.UnionType):
-        for option in arguments:
-            if _fits(option, value):
-                return _parse(option, value, where)
-    if origin is tuple and isinstance(value, list):
-        parts = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(parts) == len(value):
-            return tuple(
-                _parse(part, item, f"{where}.{i}") for i, (part, item) in enumerate(zip(parts, value, strict=True))
-            )
-    if origin is None and _fits(hint, value):
-        return float(value) if hint is float else value
-    expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise UserError(f"{where} is {value!r}, but must be {expected}")
-
-
-def _parse_dataclass(cls: type, value: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in value.keys() - fields.keys():
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
-        raise UserError(f"unknown setting {key!r} in {where}; the nearest known one is {near!r}")
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        _require(name in value or not required, f"{where} lacks the setting {name!r}")
-    hints = get_type_hints(cls)
-    return cls(**{key: _parse(hints[key], item, f"{where}.{key}") for key, item in value.items()})
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if get_origin(hint) is tuple:
-        return isinstance(value, list)
-    return isinstance(value, hint)

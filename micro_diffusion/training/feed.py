@@ -10,10 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from micro_diffusion.data.loader import Loader
-from micro_diffusion.diffusion.objectives import Network, Prediction
-from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.masking import null_caption
-from micro_diffusion.runtime.device import autocast
 from micro_diffusion.runtime.random import draw_normal, draw_uniform
 from micro_diffusion.training.config import Recipe, Stage
 
@@ -44,27 +41,7 @@ def feed(
     for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
         text, mask = null_caption(here.text, here.text_mask, here.caption_dropped)
-        yield here._replace(text=text, text_mask=here.text_mask if mask is None else mask)
-
-
-def conditioned(
-    dit: DiT,
-    text: Float[Tensor, "b l d"],
-    text_mask: Bool[Tensor, "b l"],
-    *,
-    precision: str,
-    mask_ratio: float = 0.0,
-    mask_noise: Float[Tensor, "b t"] | None = None,
-) -> Network:
-    """The network as the objective calls it, with caption, mask and precision fixed."""
-    mask = text_mask if dit.config.text_mask == "padding" else None
-    drawn = mask_noise if mask_ratio else None
-
-    def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
-        with autocast(x.device, precision):
-            return dit(x, noise_label, text, text_mask=mask, mask_ratio=mask_ratio, mask_noise=drawn)
-
-    return network
+        yield here._replace(text=text, text_mask=mask)
 
 
 def _draw(

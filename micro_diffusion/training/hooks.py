@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 
 from micro_diffusion.data.loader import Loader
-from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.runtime.random import draw_normal
 from micro_diffusion.training.config import Recipe, Stage
-from micro_diffusion.training.feed import conditioned
 from micro_diffusion.training.stages import State
 
 if TYPE_CHECKING:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from micro_diffusion.data.loader import Loader
-from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.flops import forward_flops
 from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import follow
-from micro_diffusion.training.feed import conditioned, feed
+from micro_diffusion.training.feed import feed
 from micro_diffusion.training.hooks import Hook, Moment, Validation
 from micro_diffusion.training.optim import Step, guarded_step, learning_rate
 from micro_diffusion.training.stages import State, first_state, next_state

@@ -52,6 +52,12 @@ def test_it_starts_from_the_checkpoint_and_goes_on_without_it(
     assert recipe["start_from"] == "dit.pt" and recipe["start_from_sha256"] == hash_tensors(official.state_dict())
 
     assert main(["generate", "--model", "run", "a cat", "--steps", "1", "--out", "out", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "text_length=21"]) == 2  # the run was begun with 20
+    assert "text_length: 21 here, 20 there" in capsys.readouterr().err
+    arguments[arguments.index("dit.pt")] = "run"
+    assert main([*arguments, "text_length=21", "--run", "second"]) == 2  # the checkpoint was trained with 20
+    assert "--set text_length does nothing with --start-from" in capsys.readouterr().err
 
 
 def test_killed_in_its_first_step_it_goes_on_without_the_file(

@@ -156,8 +156,8 @@ def test_the_null_caption_is_zeros(reference: Reference) -> None:
     """The fixture's last caption is dropped."""
     assert not reference["in.text"][-1].any() and reference["in.text"][:-1].any()
     states = torch.randn(reference["in.text"].squeeze(1).shape)
-    states, mask = null_caption(states, None, torch.ones(len(states), dtype=torch.bool))
-    assert mask is None
+    every = torch.ones(states.shape[:2], dtype=torch.bool)
+    states, _ = null_caption(states, every, every[:, 0])
     sample = reference.network(reference["in.latents"], reference["in.noise_label"], text=states).sample
     assert_equal(sample[-1], reference["out.unmasked"][-1])
 

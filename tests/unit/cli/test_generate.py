@@ -10,9 +10,9 @@ from PIL import Image
 from real_formats import tiny_preset, write_official, write_vae
 from tiny_parts import TEXT_WIDTH, write_text_encoder
 
-from micro_diffusion.cli import generate as verb
 from micro_diffusion.cli.generate import Generate, file_name
 from micro_diffusion.cli.main import main
+from micro_diffusion.models.model import LatentDiffusion
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.files import UserError
 
@@ -33,7 +33,7 @@ class Painter:
 @pytest.fixture
 def painter(monkeypatch: pytest.MonkeyPatch) -> Painter:
     made = Painter()
-    monkeypatch.setattr(verb, "open_model", lambda name, **settings: made)
+    monkeypatch.setattr(LatentDiffusion, "from_checkpoint", lambda name, **settings: made)
     return made
 
 

@@ -39,9 +39,9 @@ def test_the_page_says_that_the_model_memorises() -> None:
         "peak_memory_gb": 1.5, "machine": {"device": "two cores"},
     }  # fmt: skip
     figures = {
-        "grid": grey(1),
-        "stages": grey(2),
-        "loss": curve_svg({"a": [(0, 1)]}, title="t", x_label="x", y_label="y"),
+        "grid.png": grey(1),
+        "stages.png": grey(2),
+        "loss.svg": curve_svg({"a": [(0, 1)]}, title="t", x_label="x", y_label="y"),
     }
     text = page(RECIPES["quickstart"](), results, figures, run=Path("quickstart/run"))
     assert "the model memorises" in text and "98%" in text and "29.3 dB" in text and "6.0 minutes" in text

@@ -58,7 +58,7 @@ def test_settings_reach_into_stages_and_model(recipe: Recipe) -> None:
         ("seed", "key=value"),
         ("seed=now", "seed"),
         ("model.dim=33", "head_dim"),
-        ("stages.0.images=63", "whole number of batches"),
+        ("stages.0.images=63", "whole batches"),
     ],
 )
 def test_a_wrong_setting_gets_one_sentence(recipe: Recipe, setting: str, words: str) -> None:

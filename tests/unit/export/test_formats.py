@@ -12,7 +12,7 @@ from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.main import main
 from micro_diffusion.diffusion.objectives import Flow
 from micro_diffusion.export.formats import export
-from micro_diffusion.models.checkpoints import ModelCard, Part, save_model
+from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.models.released import read_checkpoint
@@ -56,7 +56,7 @@ def test_an_own_model_keeps_what_an_official_file_cannot_say(tmp_path: Path) -> 
         dit.config, Flow(shift=2.0), Part("embedded", "a" * 64), Part("embedded", "b" * 64),
         resolution=64, images_seen=5, recipe="mine", text_length=24,
     )  # fmt: skip
-    save_model(tmp_path / "run" / "model", dit, card=card)
+    write_folder(tmp_path / "run" / "model", dit.state_dict(), card=card)
     export(str(tmp_path / "run"), tmp_path / "mine.pt", to="official")
     weights, found = read_checkpoint(str(tmp_path / "mine.pt"))
     assert found == card and all(torch.equal(weights[name], tensor) for name, tensor in dit.state_dict().items())
@@ -88,3 +88,12 @@ def test_bad_folders_get_one_sentence(official: Callable[[torch.dtype], Path], t
     with pytest.raises(UserError, match="no pipeline folder of this program"):
         Export(tmp_path / "pipeline", "official", out=tmp_path / "x.pt")()
     assert not (tmp_path / "x.pt").exists()
+
+
+def test_a_file_beside_an_official_one_is_not_overwritten(
+    official: Callable[[torch.dtype], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.json").write_text("a recipe")
+    with pytest.raises(UserError, match="mine.json is there already"):
+        export(str(official(torch.float32)), tmp_path / "mine.pt", to="official")
+    assert (tmp_path / "mine.json").read_text() == "a recipe" and not (tmp_path / "mine.pt").exists()

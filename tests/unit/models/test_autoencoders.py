@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import write_autoencoder
 
 from micro_diffusion.models import autoencoders
-from micro_diffusion.models.autoencoders import WEIGHTS, load_autoencoder
+from micro_diffusion.models.autoencoders import FILE, load_autoencoder
 from micro_diffusion.runtime.files import UserError, sha256
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path: Path) -> Path:
 def test_agrees_with_diffusers(folder: Path) -> None:
     ours, theirs = load_autoencoder(str(folder)), AutoencoderKL.from_pretrained(folder)
     assert (ours.channels, ours.downscale, ours.scaling_factor, ours.shift_factor) == (3, 4, 0.5, 0.25)
-    assert ours.sha256 == sha256(folder / WEIGHTS)
+    assert ours.sha256 == sha256(folder / FILE)
 
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     mean, std = ours.encode(images)
@@ -70,13 +70,13 @@ def test_bad_folders_get_one_sentence(folder: Path, tmp_path: Path, monkeypatch:
         with pytest.raises(UserError, match="pip install diffusers"):
             load_autoencoder(str(folder))
 
-    weights = load_file(folder / WEIGHTS)
+    weights = load_file(folder / FILE)
     del weights["decoder.conv_in.weight"]
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / FILE, metadata={"format": "pt"})
     with pytest.raises(UserError, match="decoder.conv_in.weight"):
         load_autoencoder(str(folder))
 
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-100])
+    (folder / FILE).write_bytes((folder / FILE).read_bytes()[:-100])
     with pytest.raises(UserError, match="does not load"):
         load_autoencoder(str(folder))
 

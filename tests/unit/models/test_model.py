@@ -9,7 +9,7 @@ from tiny_parts import CHANNELS, TEXT_WIDTH, dit_config, write_autoencoder, writ
 
 from micro_diffusion.diffusion.objectives import EDM, Flow
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
-from micro_diffusion.models.checkpoints import ModelCard, Part, save_model
+from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.model import LatentDiffusion, create_latent_diffusion, sample_latents
 from micro_diffusion.models.text_encoders import TextFeatures, load_text_encoder
@@ -149,14 +149,17 @@ def test_parts_are_loaded_when_used(parts: tuple[str, str]) -> None:
     ("prompt", "settings", "message"),
     [
         ([], {}, "at least one prompt"),
-        (["a"], {"sampler": "huen"}, "no sampler 'huen'; choose one of: euler, heun, dpmpp_2m"),
+        (None, {"tokenized_prompts": torch.zeros(0, 5, dtype=torch.long)}, "at least one prompt"),
+        (["a"], {"sampler": "huen"}, "no sampler 'huen'; did you mean 'heun'"),
         (["a"], {"num_inference_steps": 0}, "0 sampling steps"),
         (["a"], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
         (["a"], {"negative_prompt": ["b", "c"]}, "2 negative prompts for 1 prompts"),
         (["a"], {"batch_size": 0}, "batch_size"),
     ],
 )
-def test_bad_settings(model: LatentDiffusion, prompt: list[str], settings: dict[str, object], message: str) -> None:
+def test_bad_settings(
+    model: LatentDiffusion, prompt: list[str] | None, settings: dict[str, object], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         model.generate(prompt, **settings)  # type: ignore[arg-type]
 
@@ -167,15 +170,15 @@ def test_model_folder(model: LatentDiffusion, parts: tuple[str, str], tmp_path: 
         autoencoder=Part(parts[0], model.vae.sha256), text_encoder=Part(parts[1], model.text_encoder.sha256),
         resolution=32, images_seen=0, recipe="test",
     )  # fmt: skip
-    save_model(tmp_path / "model", model.dit, card=card)
-    found = LatentDiffusion.from_folder(tmp_path / "model").generate(PROMPTS, num_inference_steps=2, seed=1)
+    write_folder(tmp_path / "model", model.dit.state_dict(), card=card)
+    found = LatentDiffusion.from_checkpoint(str(tmp_path / "model")).generate(PROMPTS, num_inference_steps=2, seed=1)
     assert torch.equal(found, model.generate(PROMPTS, num_inference_steps=2, seed=1))
 
     for kind in ("autoencoder", "text_encoder"):
         other = replace(card, **{kind: replace(getattr(card, kind), sha256="0" * 64)})
-        save_model(tmp_path / kind, model.dit, card=other)
+        write_folder(tmp_path / kind, model.dit.state_dict(), card=other)
         with pytest.raises(UserError, match="trained with another"):
-            LatentDiffusion.from_folder(tmp_path / kind).generate(PROMPTS, num_inference_steps=1)
+            LatentDiffusion.from_checkpoint(str(tmp_path / kind)).generate(PROMPTS, num_inference_steps=1)
 
 
 @pytest.mark.parametrize("precomputed", [True, False])
@@ -208,5 +211,5 @@ def test_the_papers_model_is_the_default() -> None:
 
 @pytest.mark.parametrize("settings", [{"dit_arch": "MicroDiT_XXL"}, {"dtype": "int8"}])
 def test_unknown_choices(settings: dict[str, str]) -> None:
-    with pytest.raises(UserError, match="choose one of"):
+    with pytest.raises(UserError, match="did you mean 'MicroDiT_XL_2'|choose one of: bfloat16, float32"):
         create_latent_diffusion(**settings)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def test_linear_scaling() -> None:
 def test_sizes_are_as_described(name: str) -> None:
     assert MILLIONS.keys() == PRESETS.keys()
     assert parameters(PRESETS[name]()).total / 1e6 == pytest.approx(MILLIONS[name], rel=0.15)
-    assert f"{MILLIONS[name]:,.0f} M" in (PRESETS[name].__doc__ or "")
+    assert f"{MILLIONS[name]:,.0f} M" in PRESETS[name].about
 
 
 def test_the_papers_models() -> None:

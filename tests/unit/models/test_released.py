@@ -154,6 +154,7 @@ def test_what_is_no_checkpoint_gets_one_sentence(tmp_path: Path) -> None:
         ("nothing.pt", "no file or folder nothing.pt, and no released model"),
         ("dit_4_channel_22M_real_only_data.pt", "check the name and the network"),
         ("someone/model", "check the name and the network"),
+        ("someone/model-0.5B", "check the name and the network"),
         ("someone/model/file.pt", "check the name and the network"),
     ],
 )

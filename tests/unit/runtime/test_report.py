@@ -143,7 +143,7 @@ def test_page_is_valid_and_needs_nothing_else() -> None:
         + report.facts({"model": "a <b>", "seed": 0})
         + report.commands(["micro-diffusion generate 'a & b'"])
     )
-    page = report.html_page("<title>", "lead & more", [report.Section("first", body)])
+    page = report.html_page("<title>", "lead & more", {"first": body})
     checker = Checker()
     checker.feed(page)
     checker.close()

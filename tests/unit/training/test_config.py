@@ -16,9 +16,9 @@ def test_json_round_trip(recipe: Recipe) -> None:
 @pytest.mark.parametrize(
     ("path", "key", "value", "message"),
     [
-        ((), "caption_dropuot", 0.1, "'caption_dropuot' in recipe; the nearest known one is 'caption_dropout'"),
-        (("stages", 1), "learn_rate", 0.1, r"'learn_rate' in recipe\.stages\.1; .* 'learning_rate'"),
-        (("model",), "dimm", 8, "'dimm' in recipe.model; the nearest known one is 'dim'"),
+        ((), "caption_dropuot", 0.1, "recipe has no setting 'caption_dropuot'; did you mean 'caption_dropout'"),
+        (("stages", 1), "learn_rate", 0.1, "recipe.stages.1 has no setting 'learn_rate'; .* 'learning_rate'"),
+        (("model",), "dimm", 8, "recipe.model has no setting 'dimm'; did you mean 'dim'"),
         ((), "seed", "eighteen", "recipe.seed is 'eighteen', but must be int"),
         ((), "seed", True, "recipe.seed is True"),
         ((), "objective", "ddpm", "recipe.objective is 'ddpm', but must be 'edm' or 'flow'"),
@@ -49,7 +49,7 @@ def test_from_json_of_half_a_recipe() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": 41}, "whole number of batches of 8: 40 is nearest"),
+        ({"images": 41}, "whole batches of 8: 40 is nearest"),
         ({"micro_batch": 3}, "must divide"),
         ({"micro_batch": 8}, "does nothing"),
         ({"mask_ratio": 1.0}, "below 1"),
