@@ -18,7 +18,7 @@ from torch import Tensor
 
 from micro_diffusion.data.store import Store
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.runtime.random import derive_seed, draw_uniform
+from micro_diffusion.runtime.random import derive_seed, draw_normal, draw_uniform
 
 Positions = Int[np.ndarray, " n"]
 Starts = Int[np.ndarray, " w"]
@@ -85,7 +85,9 @@ class OpenPart:
         self.keys = rows["key"]
         self.weights = ListColumn(rows["weights"])
         self.latents = ListColumn(latents["latents"])
+        self.deviation = ListColumn(latents["deviation"]) if store.info.posterior else None
         self.lengths, self.states = ListColumn(text["lengths"]), ListColumn(text["states"])
+        self.scales = ListColumn(text["scales"]) if "scales" in text.column_names else None
         self.shape = (latents["height"][0].as_py(), latents["width"][0].as_py()) if len(rows) else (0, 0)
 
     def caption(self, row: int, draw: float, width: int) -> Float[np.ndarray, "l d"]:
@@ -93,8 +95,11 @@ class OpenPart:
         lengths, weights = self.lengths[row], self.weights[row]
         share = np.cumsum(weights, dtype=np.float64)
         choice = min(int(np.searchsorted(share, draw * share[-1], side="right")), len(lengths) - 1)
-        start = int(lengths[:choice].sum()) * width
-        return self.states[row][start : start + int(lengths[choice]) * width].reshape(-1, width)
+        start, length = int(lengths[:choice].sum()), int(lengths[choice])
+        states = self.states[row][start * width : (start + length) * width].reshape(-1, width)
+        if self.scales is None:
+            return states
+        return states.astype(np.float16) * self.scales[row][start : start + length, None]
 
 
 class Order:
@@ -179,7 +184,7 @@ class Loader:
         which, nth = interleave(self.weights, positions)
         draws = draw_uniform(self.seed, "caption", torch.from_numpy(positions)).tolist()
         places = [(int(store), *self.orders[store][n]) for store, n in zip(which, nth.tolist(), strict=True)]
-        return self._assemble(places, draws)
+        return self._assemble(places, draws, torch.from_numpy(positions))
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """Rows of the split in the order of the stores' tables, each with its first caption."""
@@ -193,7 +198,10 @@ class Loader:
             places.append((*names[part], int(index - ends[part])))
         return self._assemble(places, [0.0] * len(places))
 
-    def _assemble(self, places: Sequence[tuple[int, int, int]], draws: Sequence[float]) -> Batch:
+    def _assemble(
+        self, places: Sequence[tuple[int, int, int]], draws: Sequence[float], positions: Tensor | None = None
+    ) -> Batch:
+        """Rows with the captions that `draws` choose; latents from kept posteriors, or without positions the means."""
         parts = [self._open(store, part) for store, part, _ in places]
         rows = [int(part.rows[row]) for part, (_, _, row) in zip(parts, places, strict=True)]
         captions = [part.caption(row, draw, self.width) for part, row, draw in zip(parts, rows, draws, strict=True)]
@@ -201,13 +209,21 @@ class Loader:
         latents = np.empty((len(places), self.channels, *parts[0].shape), np.float16)
         text = np.zeros((len(places), length, self.width), np.float16)
         mask = np.zeros((len(places), length), bool)
+        deviation = None
+        if positions is not None and any(part.deviation for part in parts):
+            deviation = np.zeros_like(latents)
         for index, (part, row, caption) in enumerate(zip(parts, rows, captions, strict=True)):
             latents[index].reshape(-1)[:] = part.latents[row]
+            if deviation is not None and part.deviation:
+                deviation[index].reshape(-1)[:] = part.deviation[row]
             kept = min(len(caption), length)
             text[index, :kept] = caption[:kept]
             mask[index, :kept] = True
         keys = tuple(part.keys[row].as_py() for part, row in zip(parts, rows, strict=True))
-        return Batch(_float32(latents), _float32(text), torch.from_numpy(mask), keys)
+        drawn = _float32(latents)
+        if positions is not None and deviation is not None:
+            drawn += _float32(deviation) * draw_normal(self.seed, "posterior", positions, tuple(drawn.shape[1:]))
+        return Batch(drawn, _float32(text), torch.from_numpy(mask), keys)
 
     def batches(
         self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2

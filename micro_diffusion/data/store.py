@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float16, Int8
 
 from micro_diffusion.runtime.files import UserError
 
@@ -38,7 +39,13 @@ ROWS_SCHEMA = pa.schema(
     }
 )
 LATENTS_SCHEMA = pa.schema({"latents": pa.list_(pa.float16()), "height": pa.int32(), "width": pa.int32()})
-TEXT_SCHEMA = pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())})
+DEVIATION = pa.field("deviation", pa.list_(pa.float16()))  # in a store that keeps posteriors; the latents are the means
+TEXT_SCHEMAS = {
+    "float16": pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())}),
+    "int8": pa.schema(
+        {"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.int8()), "scales": pa.list_(pa.float16())}
+    ),  # state = integers * scale, one scale a token
+}
 ROWS_FILE = "rows.arrow"
 
 
@@ -89,6 +96,9 @@ class StoreInfo:
     rows_per_part: int = 0
     seed: int = 0
     dtypes: Mapping[str, str] = field(default_factory=lambda: {"latents": "float16", "text": "float16"})
+    posterior: bool = False  # mean and deviation of latents are kept, and a draw is made at each visit
+    min_size: int = 0  # pixels of the shorter edge
+    max_aspect: float = 0.0  # longer edge by shorter; 0: any
     complete: bool = False
     schema: int = SCHEMA_VERSION
 
@@ -112,6 +122,7 @@ class PartInfo:
     records_hash: str  # of the keys, captions and splits that the part covers: tells whether the source is the same
     files: Mapping[str, str]  # sha256 of each
     rejects: Sequence[dict[str, str]]  # key, reason, detail
+    filtered: Mapping[str, int] = field(default_factory=dict)  # records that were not wanted, by reason
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -125,8 +136,9 @@ def to_json(info: StoreInfo | PartInfo) -> str:
 class RowWriter:
     """Writes rows to one Arrow IPC stream, at most `ROWS_PER_BATCH` a record batch. A context manager."""
 
-    def __init__(self, path: Path) -> None:
-        schemas = {"rows": ROWS_SCHEMA, "latents": LATENTS_SCHEMA, "text": TEXT_SCHEMA}
+    def __init__(self, path: Path, info: StoreInfo) -> None:
+        latents = LATENTS_SCHEMA.append(DEVIATION) if info.posterior else LATENTS_SCHEMA
+        schemas = {"rows": ROWS_SCHEMA, "latents": latents, "text": TEXT_SCHEMAS[info.dtypes["text"]]}
         self.schema = schemas[path.stem.partition("-")[0]]
         self.rows: list[tuple[Any, ...]] = []
         self.values = 0
@@ -160,6 +172,13 @@ def _array(column: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
         return pa.array(column, kind)
     offsets = np.cumsum([0, *(value.size for value in column)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(column), kind.value_type))
+
+
+def quantise(states: Float16[np.ndarray, "l d"]) -> tuple[Int8[np.ndarray, "l d"], Float16[np.ndarray, " l"]]:
+    """Per-token integers from -127 to 127 and their scales: an error of at most half a 127th of a token's largest."""
+    scales = (np.abs(states).max(1).astype(np.float32) / 127).astype(np.float16)
+    safe = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)
+    return (states / safe[:, None]).round().clip(-127, 127).astype(np.int8), scales
 
 
 def read_stream(path: Path) -> pa.Table:
