@@ -1,6 +1,5 @@
 """Files from the web, the hub or object storage: fetched once, resumed after a kill, whole or not there."""
 
-import http.client
 import itertools
 import math
 import re
@@ -13,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from glob import glob, has_magic
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
@@ -26,30 +26,14 @@ HUB = "hf://datasets/"
 TRIES, TIMEOUT, PIECE = 6, 60, 2**20
 
 
-class Remote(NamedTuple):
-    """An open address: what follows the first `start` bytes of the `total`; `tag` changes when the content does."""
-
-    stream: Any
-    start: int
-    total: int
-    tag: str
-
-
 def expand(address: str, fraction: float = 1.0) -> list[str]:
-    """Addresses behind a pattern such as `a-{000..199}.tar` or, here on the disk, `a-*.tar`: the first share of them.
-
-    At least one. Raises `UserError` when there is none.
-    """
+    """The first share, at least one, of the files behind `a-{000..199}.tar` or, here on the disk, `a-*.tar`."""
     if not 0 < fraction <= 1:
         raise UserError(f"fraction is a share of the data, above 0 and at most 1, not {fraction}.")
     pieces = re.split(r"\{(\d+)\.\.(\d+)\}", address)
-    ranges = [
-        [f"{n:0{len(a)}}" for n in range(int(a), int(b) + 1)] for a, b in zip(pieces[1::3], pieces[2::3], strict=True)
-    ]
-    names = [
-        "".join(itertools.chain(*zip(pieces[::3], (*numbers, ""), strict=True)))
-        for numbers in itertools.product(*ranges)
-    ]
+    bounds = zip(pieces[1::3], pieces[2::3], strict=True)
+    ranges = [[f"{n:0{len(a)}}" for n in range(int(a), int(b) + 1)] for a, b in bounds]
+    names = ["".join(itertools.chain(*zip(pieces[::3], (*n, ""), strict=True))) for n in itertools.product(*ranges)]
     if has_magic(address) and "://" not in address:
         names = [path for name in names for path in sorted(glob(name))]
     if not names:
@@ -64,58 +48,58 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
     Raises `UserError` when the file is not there or does not arrive.
     """
     scheme, host, path, _, _ = urlsplit(address)
-    if "://" not in address:
-        if not Path(address).is_file():
-            raise UserError(f"There is no file {address}.")
-        return Path(address)
     parts = [part for part in PurePosixPath(unquote(path)).parts if part not in ("/", "..")]
-    target = Path(downloads, host.replace(":", "-") or scheme, *parts)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f"{TEMPORARY_PREFIX}{target.name}.lock")):
-        for attempt in range(TRIES):
-            time.sleep(2 ** (attempt - 2) if attempt else 0)
-            try:
-                if not target.exists():
-                    _resume(address, target, stop)
-                return target
-            except urllib.error.HTTPError as error:
-                error.close()
-                if error.code < 500 and error.code not in (408, 416, 429):
-                    hint = "; accept its terms on its page, then 'hf auth login'" if error.code in (401, 403) else ""
-                    raise UserError(f"{address} cannot be downloaded: {error}{hint}.") from error
-                problem: Exception = error
-            except FileNotFoundError as error:
-                raise UserError(f"There is no file {address}.") from error
-            except (ConnectionError, TimeoutError, urllib.error.URLError, http.client.HTTPException) as error:
-                problem = error
-    raise UserError(f"{address} does not arrive ({problem}); run this again later, it goes on where it stopped.")
+    target = Path(downloads, host.replace(":", "-") or scheme, *parts) if "://" in address else Path(address)
+    if target.is_file():
+        return target
+    problem: Exception | None = FileNotFoundError("no such file")
+    if "://" in address:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f"{TEMPORARY_PREFIX}{target.name}.lock")):
+            for attempt in range(TRIES):
+                time.sleep(2 ** (attempt - 2) if attempt else 0)
+                try:
+                    if not target.exists():
+                        _resume(address, target, stop)
+                    return target
+                except (OSError, HTTPException) as error:
+                    problem = error
+                    code = getattr(error, "code", 500)
+                    if isinstance(error, urllib.error.HTTPError):
+                        error.close()
+                    if isinstance(error, FileNotFoundError) or (code < 500 and code not in (408, 416, 429)):
+                        break
+    raise UserError(
+        f"{address} cannot be had ({problem}); accept the terms on its page if it has any, log in with 'hf auth login', "
+        "or run this again later: it goes on where it stopped."
+    ) from problem
 
 
 def _resume(address: str, target: Path, stop: threading.Event | None) -> None:
     part, tag = (target.with_name(f"{TEMPORARY_PREFIX}{target.name}.{kind}") for kind in ("part", "tag"))
     known = tag.read_text() if tag.exists() and part.exists() else ""
     try:
-        remote = _open(address, part.stat().st_size if known else 0, known)
+        stream, start, total, now = _open(address, part.stat().st_size if known else 0, known)
     except urllib.error.HTTPError as error:
         if error.code == 416:  # all of it was there, or more: begin again
             part.unlink(missing_ok=True)
         raise
-    with remote.stream as stream, part.open("r+b" if remote.start else "wb") as file:
-        file.seek(remote.start)
-        write_atomic(tag, remote.tag)
+    with stream, part.open("r+b" if start else "wb") as file:
+        file.seek(start)
+        write_atomic(tag, now)
         while piece := stream.read(PIECE):
             file.write(piece)
             if stop and stop.is_set():
                 raise UserError(f"The download of {address} was stopped.")
-        if file.tell() != remote.total >= 0:
-            raise ConnectionError(f"{file.tell():,} of {remote.total:,} bytes came")
+        if file.tell() != total >= 0:
+            raise ConnectionError(f"{file.tell():,} of {total:,} bytes came")
     sync(part)
     part.replace(target)
     tag.unlink()
 
 
-def _open(address: str, start: int, tag: str) -> Remote:
-    """What follows the first `start` bytes, if the content is still that of `tag`; else all of it."""
+def _open(address: str, start: int, tag: str) -> tuple[Any, int, int, str]:
+    """A stream of what follows the first `start` bytes, or of all if `tag` is not the content's; start, size and tag."""
     secret: dict[str, str] = {}
     if address.startswith(HUB):
         from huggingface_hub import hf_hub_url
@@ -127,25 +111,23 @@ def _open(address: str, start: int, tag: str) -> Remote:
         import fsspec
 
         system, path = fsspec.core.url_to_fs(address)
-        now = str(system.checksum(path))
-        stream = system.open(path, "rb")
-        return Remote(stream, stream.seek(start if now == tag else 0), system.size(path), now)
+        now, stream = str(system.checksum(path)), system.open(path, "rb")
+        return stream, stream.seek(start if now == tag else 0), system.size(path), now
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-", "If-Range": tag} if start else {})
     for key, value in secret.items():
         request.add_unredirected_header(key, value)  # the token is for the hub alone
     reply = urllib.request.urlopen(request, timeout=TIMEOUT)
     start = start if reply.status == 206 else 0
-    tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-    return Remote(reply, start, start + int(reply.headers.get("Content-Length", -1 - start)), tag)
+    total = start + int(reply.headers.get("Content-Length", -1 - start))
+    return reply, start, total, reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
 
 
 def fetch_all(addresses: Iterable[str], downloads: Path = DOWNLOADS) -> Iterator[Path]:
-    """The local files in order."""
     return ahead(partial(fetch, address, downloads) for address in addresses)
 
 
 def ahead(calls: Iterable[Callable[[threading.Event], Path]]) -> Iterator[Path]:
-    """Results in order; the next one is made meanwhile. Calls are given an event that tells them to stop."""
+    """Results in order, the next one made meanwhile in a thread; calls are given an event that tells them to stop."""
     stop, pending = threading.Event(), deque[Future[Path]]()
     pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
     try:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch_all
+from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch, fetch_all
 from micro_diffusion.data.records import Caption, Filtered, Record, Rejected
 from micro_diffusion.data.sources.tables import CAPTION_COLUMNS, PICTURES, captions_of, rows_of
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX
@@ -36,7 +36,7 @@ def archive_records(
     address: str, *, table: str, downloads: Path = DOWNLOADS, fraction: float = 1.0
 ) -> Iterator[Record]:
     """Tars, tgz or zips of pictures with a table of their file names and captions."""
-    lookup = caption_index(downloads / "index", table, lambda: table_pairs(fetch_all([table], downloads)))
+    lookup = caption_index(downloads, table, lambda: table_pairs(fetch(table, downloads)))
     return picture_records(fetch_all(expand(address, fraction), downloads), Path(address).parent.name, lookup)
 
 
@@ -125,9 +125,9 @@ def _beside(files: Mapping[str, Entry]) -> tuple[Caption, ...]:
     return next((captions_of(values[name]) for name in CAPTION_COLUMNS if name in values), ())
 
 
-def caption_index(folder: Path, name: str, pairs: Callable[[], Iterable[tuple[str, str | bytes]]]) -> Lookup:
+def caption_index(downloads: Path, table: str, pairs: Callable[[], Iterable[tuple[str, str | bytes]]]) -> Lookup:
     """Captions by file name from an index on the disk, made of the pairs once: some tables are larger than memory."""
-    file = folder / f"{name.replace('/', '-').replace(':', '')}.sqlite"
+    file = downloads / "index" / f"{table.replace('/', '-').replace(':', '')}.sqlite"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         made = file.with_name(TEMPORARY_PREFIX + file.name)
@@ -142,8 +142,5 @@ def caption_index(folder: Path, name: str, pairs: Callable[[], Iterable[tuple[st
     return lambda name: tuple(Caption(text) for (text,) in index.execute(query, (name,)))
 
 
-def table_pairs(tables: Iterable[Path]) -> Iterator[tuple[str, str | bytes]]:
-    """File name and caption of each row of the tables."""
-    for table in tables:
-        for image, captions in rows_of(table):
-            yield from ((Path(str(image)).name, caption.text) for caption in captions)
+def table_pairs(table: Path) -> Iterator[tuple[str, str | bytes]]:
+    return ((Path(str(image)).name, caption.text) for image, captions in rows_of(table) for caption in captions)

@@ -43,7 +43,7 @@ def test_stars_find_files_on_the_disk(tmp_path):
 def test_local_path_is_itself(tmp_path):
     (tmp_path / "a").touch()
     assert fetch(str(tmp_path / "a")) == tmp_path / "a"
-    with pytest.raises(UserError, match="There is no file"):
+    with pytest.raises(UserError, match="cannot be had"):
         fetch(str(tmp_path / "b"))
 
 
@@ -60,7 +60,7 @@ def test_broken_connections_are_resumed(server, tmp_path):
 def test_a_file_that_changed_is_begun_again(server, tmp_path, monkeypatch):
     server.breaks = 10
     monkeypatch.setattr(module, "TRIES", 1)
-    with pytest.raises(UserError, match=r"does not arrive .* bytes came"):
+    with pytest.raises(UserError, match=r"cannot be had .* bytes came"):
         fetch(f"{server.address}/a.bin", tmp_path / "down")
     (server.root / "a.bin").write_bytes(CONTENT[::-1])
     server.breaks = 0
@@ -77,9 +77,9 @@ def test_killed_between_the_last_byte_and_the_name(server, tmp_path):
 
 
 def test_what_is_missing_or_forbidden_is_said(server, tmp_path):
-    with pytest.raises(UserError, match=r"none.bin cannot be downloaded: HTTP Error 404"):
+    with pytest.raises(UserError, match=r"none.bin cannot be had .HTTP Error 404"):
         fetch(f"{server.address}/none.bin", tmp_path)
-    with pytest.raises(UserError, match="There is no file memory://none"):
+    with pytest.raises(UserError, match="memory:..none.x cannot be had"):
         fetch("memory://none/x", tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_index_is_made_once_and_keeps_order(tmp_path):
     assert again("b")[0].text == b"\xff"
     with pytest.raises(ZeroDivisionError):
         caption_index(tmp_path, "other", lambda: 1 / 0)
-    assert len([file for file in tmp_path.iterdir() if file.suffix == ".sqlite" and file.name[0] != "."]) == 1
+    assert len([file for file in tmp_path.rglob("*.sqlite") if file and file.name[0] != "."]) == 1
 
 
 def test_duplicate_keys_are_found_when_prepared(world, tmp_path):

@@ -49,7 +49,7 @@ def test_cc12m(site, tmp_path):
 def test_sa1b(site, tmp_path):
     """Pictures are kept at 512 px, the large tar is dropped, the picture without a caption is not wanted."""
     archives.sa1b(site.root, site.address)
-    options = {"downloads": tmp_path / "down", "captions": f"{site.address}/SA1B_caption.tar.gz"}
+    options = {"downloads": tmp_path / "down", "table": f"{site.address}/SA1B_caption.tar.gz"}
     wanted, others = found(SOURCES["sa1b"](str(site.root / "links.txt"), **options))
     assert len(wanted) == 9 and others == [("sa_000001/sa_7.jpg", "without LLaVA caption")]
     assert wanted[2] == ("sa_000000/sa_3.jpg", (768, 512), ["The image shows the photograph 3."])
