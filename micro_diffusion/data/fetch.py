@@ -70,7 +70,7 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
                     if isinstance(error, FileNotFoundError) or (code < 500 and code not in (408, 416, 429)):
                         break
     raise UserError(
-        f"{address} cannot be had ({problem}); accept the terms on its page if it has any, log in with 'hf auth login', "
+        f"{address} cannot be had ({problem}); accept the terms on its page, log in with 'hf auth login', "
         "or run this again later: it goes on where it stopped."
     ) from problem
 
@@ -99,7 +99,7 @@ def _resume(address: str, target: Path, stop: threading.Event | None) -> None:
 
 
 def _open(address: str, start: int, tag: str) -> tuple[Any, int, int, str]:
-    """A stream of what follows the first `start` bytes, or of all if `tag` is not the content's; start, size and tag."""
+    """A stream of what follows `start` bytes, or of all if the content's tag is not `tag`; its start, size and tag."""
     secret: dict[str, str] = {}
     if address.startswith(HUB):
         from huggingface_hub import hf_hub_url
