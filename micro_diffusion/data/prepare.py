@@ -75,11 +75,10 @@ def prepare(
     were seen and how many rejected. Raises `UserError` for a store made with other settings, a source that has changed,
     and when more than the share `max_rejected` is rejected.
     """
-    out, remaining = Path(out), iter(records)
+    out = Path(out)
     wanted = replace(info, resolutions=tuple(sorted(set(resolutions))), seed=seed, rows_per_part=rows_per_part)
     info, complete = _settle(out, wanted)
     (text_name,) = wanted.text_encoders
-    index = written = 0
     out.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         remove_leftovers(out)
@@ -87,40 +86,17 @@ def prepare(
             write_atomic(out / "store.json", layout.to_json(info))
     ranks.wait()
     try:
-        with (
-            ThreadPoolExecutor(workers or os.cpu_count() or 4, "decode") as pool,
-            ThreadPoolExecutor(1, "write") as writer,
-        ):
+        with ThreadPoolExecutor(workers or os.cpu_count() or 4) as pool, ThreadPoolExecutor(1) as writer:
             work = _Work(
-                out,
-                info,
-                encode_images,
-                encode_text,
-                text_name,
-                batch_size,
-                pool,
-                writer,
-                max_rejected,
-                device,
+                out, info, encode_images, encode_text, text_name, batch_size, pool, writer, max_rejected, device,
                 progress,
-            )
-            while (head := next(remaining, None)) is not None:
-                chunk = itertools.chain([head], itertools.islice(remaining, rows_per_part - 1))
-                if index % ranks.world == ranks.rank:
-                    written += work.part(layout.part_folder(out, index), chunk)
-                else:
-                    work.pass_by(chunk)
-                index += 1
-        if not index:
-            raise UserError("The source has no records: there is nothing to prepare.")
-        if layout.part_folder(out, index).exists():
-            raise _changed(out)
+            )  # fmt: skip
+            parts, written = work.all(iter(records), ranks)
         ranks.wait()
-        report = _report(out, index, written)
         if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
-            _write_rejects(out, [reject for part in parts_of(out, index) for reject in part.rejects])
+            _write_rejects(out, [reject for part in _parts(out, parts) for reject in part.rejects])
             write_atomic(out / "store.json", layout.to_json(replace(info, complete=True)))
-        return report
+        return _report(out, parts, written)
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only when it is empty: nothing came of it
@@ -176,6 +152,23 @@ class _Work:
     rejects: list[dict[str, str]] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)  # of the part at hand
 
+    def all(self, records: Iterator[Record], ranks: Ranks) -> tuple[int, int]:
+        """Go through all records and make this rank's parts; how many parts there are, and how many were made here."""
+        index = written = 0
+        while (head := next(records, None)) is not None:
+            chunk = itertools.chain([head], itertools.islice(records, self.info.rows_per_part - 1))
+            if index % ranks.world == ranks.rank:
+                written += self.part(layout.part_folder(self.out, index), chunk)
+            else:
+                for record in chunk:
+                    self._is_new(record)
+            index += 1
+        if not index:
+            raise UserError("The source has no records: there is nothing to prepare.")
+        if layout.part_folder(self.out, index).exists():
+            raise _changed(self.out)
+        return index, written
+
     def part(self, folder: Path, records: Iterable[Record]) -> bool:
         """Make the files that this part lacks; returns whether there were any.
 
@@ -212,11 +205,6 @@ class _Work:
                 Path(name, file).replace(folder / file)
             write_atomic(folder / "part.json", layout.to_json(part))
         return True
-
-    def pass_by(self, records: Iterable[Record]) -> None:
-        """Note the keys of a part that another process makes."""
-        for record in records:
-            self._is_new(record)
 
     def _is_new(self, record: Record) -> bool:
         self.records += 1
@@ -321,13 +309,13 @@ class _Work:
                 writer.write(lengths, *(values.reshape(-1) for values in small))
 
 
-def parts_of(store: Path, count: int) -> Iterator[PartInfo]:
+def _parts(store: Path, count: int) -> Iterator[PartInfo]:
     return (PartInfo.read(layout.part_folder(store, index)) for index in range(count))
 
 
 def _report(out: Path, parts: int, written: int) -> PrepareReport:
     rejected, filtered, rows = Counter[str](), Counter[str](), 0
-    for part in parts_of(out, parts):
+    for part in _parts(out, parts):
         rows += part.rows
         rejected.update(reject["reason"] for reject in part.rejects)
         filtered.update(part.filtered)
