@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from micro_diffusion.runtime.files import UserError
 
 if TYPE_CHECKING:
-    from micro_diffusion.data.prepare import Ranks
+    from micro_diffusion.data.prepare import PrepareReport, Ranks
     from micro_diffusion.data.records import Record
     from micro_diffusion.data.store import StoreInfo
     from micro_diffusion.models.autoencoders import Autoencoder
@@ -67,6 +67,10 @@ class Prepare:
     """Pictures encoded at once."""
     rows_per_part: int = 4096
     """Records in a part, the unit of restart."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
+    ray_tasks: int | None = None
+    """ray: shares of the work. Default 8."""
 
     def records(self) -> "Iterator[Record]":
         """The source's records; UserError for a source that is not there or a setting that it has no use for."""
@@ -95,36 +99,17 @@ class Prepare:
         return records if own_split else hold_out(records, share)
 
     def __call__(self) -> None:
-        from micro_diffusion.data.prepare import prepare
-        from micro_diffusion.models.autoencoders import load_autoencoder
-        from micro_diffusion.models.text_encoders import load_text_encoder
-        from micro_diffusion.runtime.device import pick_device
+        from torch import cuda
 
-        records = self.records()
-        ranks = torchrun()
-        device = pick_device(self.device)
-        autoencoder = load_autoencoder(self.autoencoder, device=device)
-        text_encoder = load_text_encoder(self.text_encoder, device=device)
-        for resolution in self.resolutions:
-            if resolution < 1 or resolution % autoencoder.downscale:
-                raise UserError(
-                    f"--resolutions: {resolution} is not a multiple of the autoencoder's {autoencoder.downscale}."
-                )
-        with counter() as progress:
-            report = prepare(
-                records,
-                self.out,
-                resolutions=self.resolutions,
-                encode_images=autoencoder.encode,
-                encode_text=text_encoder.encode,
-                info=self.info(autoencoder, text_encoder),
-                rows_per_part=self.rows_per_part,
-                batch_size=self.batch_size,
-                max_rejected=self.max_rejected,
-                device=device,
-                ranks=ranks,
-                progress=progress,
-            )
+        from micro_diffusion.data.prepare import ray_ranks
+
+        if self.engine == "local" and self.ray_tasks is not None:
+            raise UserError("--ray-tasks does nothing without --engine ray; leave it out.")
+        if self.engine == "ray":
+            ranks = ray_ranks(self.work, tasks=self.ray_tasks or 8, gpus=float(cuda.is_available()))
+        else:
+            ranks = torchrun()
+        report = self.work(ranks)
         if ranks.rank:
             return
         print(
@@ -136,6 +121,24 @@ class Prepare:
             print(f"  see {report.rejects_file}")
         for reason, count in report.filtered.items():
             print(f"  not wanted: {count:,} ({reason})")
+
+    def work(self, ranks: "Ranks") -> "PrepareReport":
+        """Load the encoders and make the parts of this rank."""
+        from micro_diffusion.data.prepare import prepare
+        from micro_diffusion.models.autoencoders import load_autoencoder
+        from micro_diffusion.models.text_encoders import load_text_encoder
+        from micro_diffusion.runtime.device import pick_device
+
+        records, device = self.records(), pick_device(self.device)
+        autoencoder = load_autoencoder(self.autoencoder, device=device)
+        text_encoder = load_text_encoder(self.text_encoder, device=device)
+        with counter() as progress:
+            return prepare(
+                records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
+                encode_text=text_encoder.encode, info=self.info(autoencoder, text_encoder),
+                rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
+                device=device, ranks=ranks, progress=progress,
+            )  # fmt: skip
 
     def info(self, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
         """What the store's head says."""

@@ -38,6 +38,27 @@ class Ranks(NamedTuple):
 ALONE = Ranks(0, 1, lambda: None)
 
 
+def ray_ranks(work: Callable[[Ranks], object], *, tasks: int, gpus: float) -> Ranks:
+    """Ranks of a driver that lets Ray Data do `work` for each of `tasks` shares of the parts, then completes the store.
+
+    A share whose worker is lost is done again elsewhere: what it had finished is found, the rest is made. All machines
+    must see the sources and the store. `gpus` is what one task takes.
+    """
+
+    def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        work(Ranks(int(batch["id"][0]) + 1, tasks, lambda: None))  # rank 0 is the driver's
+        return batch
+
+    def run() -> None:
+        import ray
+
+        shares = ray.data.range(tasks, override_num_blocks=tasks)
+        shares.map_batches(share, batch_size=1, num_gpus=gpus, max_retries=-1).materialize()
+
+    waits = iter([run])
+    return Ranks(0, 1, lambda: next(waits, lambda: None)())
+
+
 @dataclass(frozen=True)
 class PrepareReport:
     """What `prepare` found and did."""
@@ -82,7 +103,7 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
         remove_leftovers(out)
-        if ranks.world > 1 and not complete:  # by one process, before the others begin
+        if ranks is not ALONE and not complete:  # by one process, before the others begin
             write_atomic(out / "store.json", layout.to_json(info))
     ranks.wait()
     try:
@@ -94,6 +115,7 @@ def prepare(
             parts, written = work.all(iter(records), ranks)
         ranks.wait()
         if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
+            remove_leftovers(out)  # of other ranks that were lost
             _write_rejects(out, [reject for part in _parts(out, parts) for reject in part.rejects])
             write_atomic(out / "store.json", layout.to_json(replace(info, complete=True)))
         return _report(out, parts, written)
@@ -157,7 +179,7 @@ class _Work:
         index = written = 0
         while (head := next(records, None)) is not None:
             chunk = itertools.chain([head], itertools.islice(records, self.info.rows_per_part - 1))
-            if index % ranks.world == ranks.rank:
+            if (index - ranks.rank) % ranks.world == 0:
                 written += self.part(layout.part_folder(self.out, index), chunk)
             else:
                 for record in chunk:
@@ -310,7 +332,9 @@ class _Work:
 
 
 def _parts(store: Path, count: int) -> Iterator[PartInfo]:
-    return (PartInfo.read(layout.part_folder(store, index)) for index in range(count))
+    """Those that are there: other ranks may still be at work."""
+    folders = (layout.part_folder(store, index) for index in range(count))
+    return (PartInfo.read(folder) for folder in folders if (folder / "part.json").exists())
 
 
 def _report(out: Path, parts: int, written: int) -> PrepareReport:
