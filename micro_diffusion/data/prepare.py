@@ -117,7 +117,7 @@ def prepare(
         if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
             remove_leftovers(out)  # of other ranks that were lost
             _write_rejects(out, [reject for part in _parts(out, parts) for reject in part.rejects])
-            write_atomic(out / "store.json", layout.to_json(replace(info, complete=True)))
+            write_atomic(out / "store.json", layout.to_json(replace(info, parts=parts, complete=True)))
         return _report(out, parts, written)
     finally:
         with contextlib.suppress(OSError):

@@ -11,6 +11,7 @@ The files are Arrow IPC streams, which `datasets.Dataset.from_file` opens too; t
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Int8
 
+from micro_diffusion.data.fetch import fetch
 from micro_diffusion.runtime.files import UserError
 
 SCHEMA_VERSION = 1
@@ -47,6 +49,8 @@ TEXT_SCHEMAS = {
     ),  # state = integers * scale, one scale a token
 }
 ROWS_FILE = "rows.arrow"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-diffusion", "stores")
+CACHE_BYTES = int(os.environ.get("MICRO_DIFFUSION_CACHE_GB", "200")) * 10**9
 
 
 def part_folder(store: Path, index: int) -> Path:
@@ -99,6 +103,7 @@ class StoreInfo:
     posterior: bool = False  # mean and deviation of latents are kept, and a draw is made at each visit
     min_size: int = 0  # pixels of the shorter edge
     max_aspect: float = 0.0  # longer edge by shorter; 0: any
+    parts: int = 0  # known when it is complete
     complete: bool = False
     schema: int = SCHEMA_VERSION
 
@@ -186,28 +191,43 @@ def read_stream(path: Path) -> pa.Table:
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
+def _forget_oldest(cache: Path, limit: int) -> None:
+    """Delete the files used longest ago until `limit` bytes remain; what is mapped into memory stays readable."""
+    files = sorted(cache.rglob("*.arrow"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in files)
+    while total > limit and len(files) > 1:
+        total -= files[0].stat().st_size
+        files.pop(0).unlink()
+
+
 @dataclass(frozen=True)
 class Store:
-    """A complete store, open for reading."""
+    """A complete store, open for reading; of one elsewhere, those files are kept here that were needed lately."""
 
     path: Path
     info: StoreInfo
+    address: str = ""  # of a store elsewhere
+    cache: Path = CACHE
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Raises `UserError` when there is no store, or one that `prepare` did not finish."""
-        path = Path(path)
+    def open(cls, path: Path | str, *, cache: Path = CACHE) -> Self:
+        """A folder, or an address: `s3://`, `hf://datasets/OWNER/NAME/STORE`, `https://`, what fsspec knows.
+
+        Raises `UserError` when there is no store, or one that `prepare` did not finish.
+        """
+        address = str(path).rstrip("/") if "://" in str(path) else ""
+        path = fetch(f"{address}/store.json", cache).parent if address else Path(path)
         if not (path / "store.json").is_file():
             raise UserError(f"There is no latent store in {path}; make one with 'micro-diffusion prepare'.")
         info = StoreInfo.read(path)
         if not info.complete:
             raise UserError(f"The store {path} is not finished; run the same 'micro-diffusion prepare' again.")
-        return cls(path, info)
+        return cls(path, info, address, cache)
 
     @cached_property
     def parts(self) -> tuple[PartInfo, ...]:
         """Raises `UserError` when one in the middle is missing."""
-        count = sum(1 for _ in self.path.glob("part-[0-9]*"))
+        count = self.info.parts or sum(1 for _ in self.path.glob("part-[0-9]*"))
         return tuple(PartInfo.read(self._file(index, "part.json").parent) for index in range(count))
 
     def __len__(self) -> int:
@@ -224,6 +244,10 @@ class Store:
 
     def _file(self, part: int, name: str) -> Path:
         path = part_folder(self.path, part) / name
+        if self.address:
+            path = fetch(f"{self.address}/{path.parent.name}/{name}", self.cache)
+            os.utime(path)
+            _forget_oldest(self.cache, CACHE_BYTES)
         if not path.is_file():
             raise UserError(f"{path} is missing: the store is damaged; prepare it again into a new folder.")
         return path

@@ -6,8 +6,10 @@ from archives import Server
 
 from micro_diffusion.data import fetch as module
 from micro_diffusion.data.captions import clean_captions, light
+from micro_diffusion.data.loader import Loader
 from micro_diffusion.data.records import decode_image
 from micro_diffusion.data.sources import SOURCES
+from micro_diffusion.data.store import Store
 from micro_diffusion.runtime.files import UserError
 
 
@@ -92,3 +94,29 @@ def test_coco(site, tmp_path):
     assert wanted[2] == ("val2014/COCO_val2014_000000000002.jpg", (40, 32), [f"thing 2.{k}" for k in range(5)])
     assert {record.split for record in records} == {"validation"}
     assert 0 < len(list(SOURCES["coco"](site.address, downloads=tmp_path / "down", fraction=0.4))) < 10
+
+
+@pytest.mark.parametrize("name", ["cc12m", "sa1b", "journeydb", "diffusiondb", "textcaps", "coco"])
+def test_from_a_download_that_breaks_to_a_batch(site, world, tmp_path, name):
+    """Every connection breaks once; the same store results without a break; a batch is read from it."""
+    shares = {"cc12m": 2 / 2176, "journeydb": 0.01, "diffusiondb": 2 / 14000}
+    addresses = {"sa1b": str(site.root / "links.txt"), "textcaps": str(site.root), "coco": site.address}
+    archives_of = getattr(archives, name)
+    archives_of(site.root, site.address) if name == "sa1b" else archives_of(site.root)
+    stores = []
+    for breaks in (0, 4):
+        site.breaks = breaks
+        options = {"fraction": shares.get(name, 1.0)}
+        if name != "textcaps":
+            options["downloads"] = tmp_path / f"down-{breaks}"
+        if name == "sa1b":
+            options["table"] = f"{site.address}/SA1B_caption.tar.gz"
+        records = SOURCES[name](*([addresses[name]] if name in addresses else []), **options)
+        world.prepare(records, tmp_path / f"store-{breaks}", rows_per_part=4, batch_size=3)
+        stores.append(Store.open(tmp_path / f"store-{breaks}"))
+    assert stores[0].parts == stores[1].parts and len(stores[0]) in (8, 9, 10)
+    loader = Loader(
+        [stores[1]], resolution=16, text_encoder="letters", seed=0, split="validation" if name == "coco" else "train"
+    )
+    batch = loader.batch(0, 7)
+    assert batch.latents.shape == (7, 3, 4, 4) and len(set(batch.keys)) == 7
