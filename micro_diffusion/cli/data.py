@@ -1,12 +1,16 @@
 """`micro-diffusion data`: look into a latent store, or check it."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from micro_diffusion.runtime.files import UserError, write_atomic
+
+if TYPE_CHECKING:
+    from micro_diffusion.data.store import Store
 
 
 @dataclass(frozen=True)
@@ -39,18 +43,15 @@ class Data:
         told = summary(store)
         print("\n".join(f"{name}: {value}" for name, value in told.items()))
         if self.page:
-            write_atomic(self.page, self._page(told))
+            write_atomic(self.page, self._page(store, told))
             print(f"{self.page}: {self.pictures} of the pictures")
 
-    def _page(self, told: dict[str, str]) -> str:
-        import random
+    def _page(self, store: "Store", told: dict[str, str]) -> str:
 
         from micro_diffusion.data.loader import Loader
-        from micro_diffusion.data.store import Store
         from micro_diffusion.models.autoencoders import load_autoencoder
         from micro_diffusion.runtime.report import Section, facts, figure, grid, html_page, pictures
 
-        store = Store.open(self.store)
         info, size = store.info, max(store.info.resolutions)
         autoencoder = load_autoencoder(self.autoencoder or info.autoencoder.name)
         if autoencoder.sha256 != info.autoencoder.sha256:
@@ -63,7 +64,6 @@ class Data:
             key: texts[0]
             for part in range(len(store.parts))
             for key, texts in zip(*(store.rows(part)[name].to_pylist() for name in ("key", "captions")), strict=True)
-            if key in batch.keys
         }
         drawn = grid(pictures(autoencoder.decode(batch.latents)), [captions[key] for key in batch.keys], columns=6)
         shown = figure(drawn, alt="pictures with captions", caption=f"{split}, {size} px, decoded from the latents")

@@ -69,8 +69,6 @@ class Prepare:
     """Records in a part, the unit of restart."""
     engine: Literal["local", "ray"] = "local"
     """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
-    ray_tasks: int | None = None
-    """ray: shares of the work. Default 8."""
 
     def records(self) -> "Iterator[Record]":
         """The source's records; UserError for a source that is not there or a setting that it has no use for."""
@@ -82,12 +80,13 @@ class Prepare:
             name, address = "folder", self.source
         own_split = name in ("emoji", "coco")
         takes = inspect.signature(SOURCES[name]).parameters
-        options = {option: getattr(self, option) for option in ("subset", "augment", "table", "fraction", "downloads")}
-        options = {option: value for option, value in options.items() if value is not None}
-        known = {*takes, *(() if own_split else ("validation",))}
-        for option in (*options, *(("validation",) if self.validation is not None else ())):
-            if option not in known:
+        settings = ("subset", "augment", "table", "fraction", "downloads", "validation")
+        options = {setting: getattr(self, setting) for setting in settings if getattr(self, setting) is not None}
+        share = options.get("validation", 0.02)
+        for option in options:
+            if option not in takes and (own_split or option != "validation"):
                 raise UserError(f"--{option} does nothing with the source {self.source!r}; leave it out.")
+        options.pop("validation", None)
         if name == "folder" and not Path(address).is_dir():
             raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
         needed = [option for option, value in takes.items() if value.default is value.empty]
@@ -95,7 +94,6 @@ class Prepare:
             hint = f"write {name}:ADDRESS" if "address" in missing else f"add --{missing.pop()}"
             raise UserError(f"The source {name!r} needs more: {hint}.")
         records = SOURCES[name](*([address] if address else []), **options)
-        share = 0.02 if self.validation is None else self.validation
         return records if own_split else hold_out(records, share)
 
     def __call__(self) -> None:
@@ -103,12 +101,7 @@ class Prepare:
 
         from micro_diffusion.data.prepare import ray_ranks
 
-        if self.engine == "local" and self.ray_tasks is not None:
-            raise UserError("--ray-tasks does nothing without --engine ray; leave it out.")
-        if self.engine == "ray":
-            ranks = ray_ranks(self.work, tasks=self.ray_tasks or 8, gpus=float(cuda.is_available()))
-        else:
-            ranks = torchrun()
+        ranks = ray_ranks(self.work, gpus=float(cuda.is_available())) if self.engine == "ray" else torchrun()
         report = self.work(ranks)
         if ranks.rank:
             return

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from micro_diffusion.data.store import PartInfo, Store, latents_file, part_folder, text_file
+from micro_diffusion.data.store import ROWS_FILE, PartInfo, Store, latents_file, part_folder, text_file
 from micro_diffusion.runtime.files import sha256
 
 
@@ -40,37 +40,37 @@ def summary(store: Store) -> dict[str, str]:
 def problems(store: Store) -> Iterator[str]:
     """One sentence for everything that is wrong: files whose hash, shapes or values are not what they should be."""
     for index, part in enumerate(store.parts):
-        folder, sound = part_folder(store.path, index), True
-        for name, digest in part.files.items():
-            if not (folder / name).is_file() or sha256(folder / name) != digest:
-                sound = False
-                yield f"{folder / name} is missing, or is not the file that was written."
-        if sound:
-            yield from (f"{folder}: {what}." for what in _wrong(store, index, part))
+        folder = part_folder(store.path, index)
+        files = part.files.items()
+        changed = [name for name, digest in files if not (folder / name).is_file() or sha256(folder / name) != digest]
+        yield from (f"{folder / name} is missing, or is not the file that was written." for name in changed)
+        yield from (
+            f"{folder / name} has {what}." for name, what in (_wrong(store, index, part) if not changed else ())
+        )
 
 
-def _wrong(store: Store, index: int, part: PartInfo) -> Iterator[str]:
+def _wrong(store: Store, index: int, part: PartInfo) -> Iterator[tuple[str, str]]:
+    """File, and what is wrong in it."""
     rows, info = store.rows(index), store.info
-    if rows.num_rows != part.rows:
-        yield f"{rows.num_rows} rows, not {part.rows}"
-    for resolution in info.resolutions:
-        table, side = store.latents(resolution, index), resolution // info.autoencoder.downscale
-        for name in ("latents", "deviation") if info.posterior else ("latents",):
-            sizes, values = _lists(table[name])
-            if len(sizes) != part.rows or any(sizes != info.autoencoder.channels * side**2):
-                yield f"{latents_file(resolution)} has other shapes"
-            if not np.isfinite(values).all():
-                yield f"{latents_file(resolution)} has values that are not finite"
     captions = [len(texts) for texts in rows["captions"].to_pylist()]
+    checks: list[tuple[str, bool, np.ndarray]] = [(ROWS_FILE, rows.num_rows == part.rows, np.zeros(1))]
+    for resolution in info.resolutions:
+        table, values = store.latents(resolution, index), info.autoencoder.channels
+        values *= (resolution // info.autoencoder.downscale) ** 2
+        for column in ("latents", "deviation") if info.posterior else ("latents",):
+            sizes, numbers = _lists(table[column])
+            checks.append((latents_file(resolution), sizes.tolist() == [values] * part.rows, numbers))
     for name, text in info.text_encoders.items():
         table = store.text(name, index)
-        sizes, values = _lists(table["states"])
-        counts, lengths = _lists(table["lengths"])
-        tokens = [int(part.sum()) for part in np.split(lengths, np.cumsum(counts)[:-1])]
-        if counts.tolist() != captions or sizes.tolist() != [text.width * count for count in tokens]:
-            yield f"{text_file(name)} has other shapes"
-        if not np.isfinite(_lists(table["scales"])[1] if "scales" in table.column_names else values).all():
-            yield f"{text_file(name)} has values that are not finite"
+        (sizes, states), (counts, lengths) = _lists(table["states"]), _lists(table["lengths"])
+        wanted = [text.width * int(some.sum()) for some in np.split(lengths, np.cumsum(counts)[:-1])]
+        numbers = _lists(table["scales"])[1] if "scales" in table.column_names else states
+        checks.append((text_file(name), (counts.tolist(), sizes.tolist()) == (captions, wanted), numbers))
+    for name, fits, numbers in checks:
+        if not fits:
+            yield name, "other shapes than it should"
+        if not np.isfinite(numbers).all():
+            yield name, "values that are not finite"
 
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

@@ -38,19 +38,23 @@ class Ranks(NamedTuple):
 ALONE = Ranks(0, 1, lambda: None)
 
 
-def ray_ranks(work: Callable[[Ranks], object], *, tasks: int, gpus: float) -> Ranks:
-    """Ranks of a driver that lets Ray Data do `work` for each of `tasks` shares of the parts, then completes the store.
+def ray_ranks(work: Callable[[Ranks], object], *, gpus: float) -> Ranks:
+    """Ranks of a driver that lets Ray Data do `work` for each of several shares of the parts, then completes the store.
 
     A share whose worker is lost is done again elsewhere: what it had finished is found, the rest is made. All machines
-    must see the sources and the store. `gpus` is what one task takes.
+    must see the sources and the store. `gpus` is what one task takes; there are twice as many as can run at once.
     """
-
-    def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        work(Ranks(int(batch["id"][0]) + 1, tasks, lambda: None))  # rank 0 is the driver's
-        return batch
 
     def run() -> None:
         import ray
+
+        if not ray.is_initialized():
+            ray.init()
+        tasks = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
+
+        def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            work(Ranks(int(batch["id"][0]) + 1, tasks, lambda: None))  # rank 0 is the driver's
+            return batch
 
         shares = ray.data.range(tasks, override_num_blocks=tasks)
         shares.map_batches(share, batch_size=1, num_gpus=gpus, max_retries=-1).materialize()

@@ -29,7 +29,7 @@ def work(ranks):
 folder, out, *resolutions = sys.argv[1:]
 info = StoreInfo(AutoencoderInfo("mean", "aa", 1.0, 0.0, 3, 4), {"letters": TextInfo("bb", 1, 99, "padding")})
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-report = work(module.ray_ranks(work, tasks=4, gpus=0))
+report = work(module.ray_ranks(work, gpus=0))
 print("written", report.parts_written, report.rows, flush=True)
 """
 

@@ -50,13 +50,12 @@ def picture_records(
     for archive in archives:
         try:
             for stem, files in _together(archive):
-                for ending in [ending for ending in files if ending in PICTURES]:
-                    name, read = files[ending]
-                    key, why = f"{archive.name.partition('.')[0]}/{stem}{ending if lookup else ''}", None
-                    captions = lookup(Path(name).name) if lookup else _beside(files)
-                    if lookup and not captions:
-                        why = Filtered(absent)
-                    yield Record(key, read, captions, source, problem=why)
+                for ending, (name, read) in files.items():
+                    if ending in PICTURES:
+                        key = f"{archive.name.partition('.')[0]}/{stem}{ending if lookup else ''}"
+                        captions = (lookup(name) or lookup(Path(name).name)) if lookup else _beside(files)
+                        unwanted = Filtered(absent) if lookup and not captions else None
+                        yield Record(key, read, captions, source, problem=unwanted)
         except Rejected as error:
             yield Record(archive.name, b"", (), source, problem=error)
 
@@ -110,9 +109,10 @@ def _piece(path: Path, start: int, size: int) -> bytes:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Stem and ending of an entry: WebDataset's key goes to the first dot of the file's name."""
-    stem, _, ending = name.rpartition("/")[2].partition(".")
-    return stem, f".{ending.lower()}"
+    """Stem and ending of an entry: WebDataset's key goes to the first dot of the file's own name."""
+    folder, slash, file = name.removeprefix("./").rpartition("/")
+    stem, _, ending = file.partition(".")
+    return f"{folder}{slash}{stem}", f".{ending.lower()}"
 
 
 def _beside(files: Mapping[str, Entry]) -> tuple[Caption, ...]:
@@ -143,4 +143,4 @@ def caption_index(downloads: Path, table: str, pairs: Callable[[], Iterable[tupl
 
 
 def table_pairs(table: Path) -> Iterator[tuple[str, str | bytes]]:
-    return ((Path(str(image)).name, caption.text) for image, captions in rows_of(table) for caption in captions)
+    return ((str(image), caption.text) for image, captions in rows_of(table) for caption in captions)

@@ -38,7 +38,7 @@ def test_captions_in_json_and_other_entries(tmp_path):
     tar(tmp_path / "a.tar", files)
     records = list(webdataset_records(str(tmp_path / "a.tar")))
     assert [(record.key, record.captions and clean_captions(record.captions, light)[0]) for record in records] == [
-        ("a/1", ["one", "uno"]), ("a/2", ()), ("a/4", ()),
+        ("a/x/1", ["one", "uno"]), ("a/x/2", ()), ("a/4", ()),
     ]  # fmt: skip
 
 
@@ -95,14 +95,14 @@ def test_damaged_zip_entry_is_rejected_alone(tmp_path):
 def test_archive_with_a_table(tmp_path, name):
     files = {f"sub/{number}.webp": picture(number, "WEBP") for number in range(3)} | {"readme.txt": b"x"}
     packed(tmp_path / name, files) if name == "a.zip" else tar(tmp_path / name, files, "w:gz" if "tgz" in name else "w")
-    rows = [{"file_name": "0.webp", "captions": ["nought", "zero"]}, {"file_name": "2.webp", "captions": "two"}]
+    rows = [{"file_name": "sub/0.webp", "captions": ["nought", "zero"]}, {"file_name": "2.webp", "captions": "two"}]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     records = list(archive_records(str(tmp_path / name), table=str(tmp_path / "t.jsonl"), downloads=tmp_path / "d"))
     assert [read(record) for record in records if not record.problem] == [
-        ("a/0.webp", ["nought", "zero"]), ("a/2.webp", ["two"]),
+        ("a/sub/0.webp", ["nought", "zero"]), ("a/sub/2.webp", ["two"]),
     ]  # fmt: skip
     assert [(record.key, record.problem.reason) for record in records if record.problem] == [
-        ("a/1.webp", "not in the table")
+        ("a/sub/1.webp", "not in the table")
     ]
 
 

@@ -68,7 +68,7 @@ def test_journeydb(site, tmp_path):
     site.breaks = 1
     wanted, others = found(SOURCES["journeydb"](downloads=tmp_path / "down", fraction=0.01))
     assert len(wanted) == 10 and not others
-    assert wanted[6] == ("001/0006-abc.jpg", (40, 32), ["dream 6 --v 4"])
+    assert wanted[6] == ("001/001/0006-abc.jpg", (40, 32), ["dream 6 --v 4"])
 
 
 def test_diffusiondb(site, tmp_path):
@@ -91,7 +91,7 @@ def test_coco(site, tmp_path):
     records = list(SOURCES["coco"](site.address, downloads=tmp_path / "down"))
     wanted, others = found(records)
     assert len(wanted) == 10 and not others
-    assert wanted[2] == ("val2014/COCO_val2014_000000000002.jpg", (40, 32), [f"thing 2.{k}" for k in range(5)])
+    assert wanted[2] == ("val2014/val2014/COCO_val2014_000000000002.jpg", (40, 32), [f"thing 2.{k}" for k in range(5)])
     assert {record.split for record in records} == {"validation"}
     assert 0 < len(list(SOURCES["coco"](site.address, downloads=tmp_path / "down", fraction=0.4))) < 10
 
