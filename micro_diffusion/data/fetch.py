@@ -47,32 +47,32 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
     Begun again after a kill or a broken connection, it goes on where it stopped; several processes share one download.
     Raises `UserError` when the file is not there or does not arrive.
     """
+    if "://" not in address:
+        if Path(address).is_file():
+            return Path(address)
+        raise UserError(f"There is no file {address}.")
     scheme, host, path, _, _ = urlsplit(address)
     parts = [part for part in PurePosixPath(unquote(path)).parts if part not in ("/", "..")]
-    target = Path(downloads, host.replace(":", "-") or scheme, *parts) if "://" in address else Path(address)
+    target = Path(downloads, host.replace(":", "-") or scheme, *parts)
     if target.is_file():
         return target
-    problem: Exception | None = FileNotFoundError("no such file")
-    if "://" in address:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(f"{TEMPORARY_PREFIX}{target.name}.lock")):
-            for attempt in range(TRIES):
-                time.sleep(2 ** (attempt - 2) if attempt else 0)
-                try:
-                    if not target.exists():
-                        _resume(address, target, stop)
-                    return target
-                except (OSError, HTTPException) as error:
-                    problem = error
-                    code = getattr(error, "code", 500)
-                    if isinstance(error, urllib.error.HTTPError):
-                        error.close()
-                    if isinstance(error, FileNotFoundError) or (code < 500 and code not in (408, 416, 429)):
-                        break
-    raise UserError(
-        f"{address} cannot be had ({problem}); accept the terms on its page, log in with 'hf auth login', "
-        "or run this again later: it goes on where it stopped."
-    ) from problem
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(f"{TEMPORARY_PREFIX}{target.name}.lock")):
+        for attempt in range(TRIES):
+            time.sleep(2 ** (attempt - 2) if attempt else 0)
+            try:
+                if not target.exists():
+                    _resume(address, target, stop)
+                return target
+            except (OSError, HTTPException) as error:
+                problem = error
+                code = error.code if isinstance(error, urllib.error.HTTPError) else 500
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
+                if isinstance(error, FileNotFoundError) or (code < 500 and code not in (408, 416, 429)):
+                    break
+    hint = "accept the terms on its page, then 'hf auth login'; or " if address.startswith(HUB) else ""
+    raise UserError(f"{address} cannot be had ({problem}); {hint}run this again: it goes on where it stopped.")
 
 
 def _resume(address: str, target: Path, stop: threading.Event | None) -> None:

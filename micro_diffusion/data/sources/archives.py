@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
+
 from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch, fetch_all
 from micro_diffusion.data.records import Caption, Filtered, Record, Rejected
 from micro_diffusion.data.sources.tables import CAPTION_COLUMNS, PICTURES, captions_of, rows_of
@@ -128,15 +130,16 @@ def _beside(files: Mapping[str, Entry]) -> tuple[Caption, ...]:
 def caption_index(downloads: Path, table: str, pairs: Callable[[], Iterable[tuple[str, str | bytes]]]) -> Lookup:
     """Captions by file name from an index on the disk, made of the pairs once: some tables are larger than memory."""
     file = downloads / "index" / f"{table.replace('/', '-').replace(':', '')}.sqlite"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        made = file.with_name(TEMPORARY_PREFIX + file.name)
-        made.unlink(missing_ok=True)
-        with closing(sqlite3.connect(made)) as database, database:
-            database.execute("CREATE TABLE captions (name, caption)")
-            database.executemany("INSERT INTO captions VALUES (?, ?)", pairs())
-            database.execute("CREATE INDEX names ON captions (name)")
-        made.replace(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    made = file.with_name(TEMPORARY_PREFIX + file.name)
+    with FileLock(f"{made}.lock"):  # several processes prepare
+        if not file.exists():
+            made.unlink(missing_ok=True)
+            with closing(sqlite3.connect(made)) as database, database:
+                database.execute("CREATE TABLE captions (name, caption)")
+                database.executemany("INSERT INTO captions VALUES (?, ?)", pairs())
+                database.execute("CREATE INDEX names ON captions (name)")
+            made.replace(file)
     index = sqlite3.connect(file, check_same_thread=False)
     query = "SELECT caption FROM captions WHERE name = ? ORDER BY rowid"
     return lambda name: tuple(Caption(text) for (text,) in index.execute(query, (name,)))

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from filelock import FileLock
 from PIL import Image
 
 from micro_diffusion.data.fetch import DOWNLOADS, HUB, ahead, expand, fetch, fetch_all
@@ -55,9 +56,12 @@ def sa1b(
 
 def _shrunk(name: str, link: str, downloads: Path, stop: threading.Event) -> Path:
     small = downloads / "sa1b" / name
-    if not small.exists():
-        large, made = fetch(link, downloads, stop), small.with_name(TEMPORARY_PREFIX + name)
-        small.parent.mkdir(parents=True, exist_ok=True)
+    small.parent.mkdir(parents=True, exist_ok=True)
+    made = small.with_name(TEMPORARY_PREFIX + name)
+    with FileLock(f"{made}.lock"):  # several processes prepare
+        if small.exists():
+            return small
+        large = fetch(link, downloads, stop)
         with tarfile.open(made, "w") as tar:
             for file, read in entries(large):
                 if file.endswith(".jpg"):

@@ -43,7 +43,7 @@ def test_stars_find_files_on_the_disk(tmp_path):
 def test_local_path_is_itself(tmp_path):
     (tmp_path / "a").touch()
     assert fetch(str(tmp_path / "a")) == tmp_path / "a"
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="There is no file"):
         fetch(str(tmp_path / "b"))
 
 
