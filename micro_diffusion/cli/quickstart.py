@@ -58,7 +58,7 @@ class Quickstart:
         )
         source()
         seconds["prepare"] = time.monotonic() - started
-        train_recipe(recipe, [source.out], run, device=self.device)
+        train_recipe(recipe, [str(source.out)], run, device=self.device)
         seconds["train"] = time.monotonic() - started - sum(seconds.values())
         captions, true = true_pictures(source)
         drawn = draw(run / "model", captions, device=self.device)

@@ -162,12 +162,7 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe",
-    folders: Sequence[Path | str],
-    run: Path,
-    *,
-    device: str,
-    weights: "Mapping[str, Tensor] | None" = None,
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
 ) -> None:
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,16 @@ def hub_records(
         raise UserError(f"The data set {address!r} ({split}) cannot be opened: {error}") from error
     for number, row in enumerate(rows):
         if hash_share(key := f"{split}/{number:08}", fraction):
-            yield row_record((_image(row[image]), captions_of(row[captions])), key, folder=Path(), source=address)
+            content = _image(row[image])
+            read = content if isinstance(content, bytes) else partial(_read, content)
+            yield Record(key, read, captions_of(row[captions]), address)
+
+
+def _read(address: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(address, "rb") as file:
+        return bytes(file.read())
 
 
 def row_record(row: Row, key: str, *, folder: Path, source: str) -> Record:

@@ -45,3 +45,12 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path):
 def test_a_data_set_that_does_not_open_is_named(tmp_path):
     with pytest.raises(UserError, match=r"The data set .*none.* cannot be opened"):
         next(hub_records(str(tmp_path / "none")))
+
+
+def test_a_folder_of_pictures_as_datasets_reads_it(tmp_path):
+    (tmp_path / "train").mkdir()
+    for number in range(3):
+        (tmp_path / "train" / f"{number}.jpg").write_bytes(picture(number))
+    rows = "".join(json.dumps({"file_name": f"{n}.jpg", "text": f"thing {n}"}) + "\n" for n in range(3))
+    (tmp_path / "train" / "metadata.jsonl").write_text(rows)
+    assert read(hub_records(str(tmp_path))) == [(f"train/{n:08}", (40, 32), [f"thing {n}"]) for n in range(3)]
