@@ -100,7 +100,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(args.shards) as pool:
         pool.starmap(prepare_shard, [(store, shard, args) for shard, store in enumerate(stores)])
     prepared = time.monotonic()
-    train_recipe(recipe, stores, run, device=args.device)
+    train_recipe(recipe, [str(store) for store in stores], run, device=args.device)
     trained = time.monotonic()
 
     model = LatentDiffusion.from_checkpoint(str(run), device=pick_device(args.device))

@@ -8,6 +8,7 @@ from types import FrameType
 
 import tyro
 
+from micro_diffusion.cli.data import Data
 from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.prepare import Prepare
@@ -15,13 +16,15 @@ from micro_diffusion.cli.quickstart import Quickstart
 from micro_diffusion.cli.train import Train
 from micro_diffusion.runtime.files import UserError
 
-VERBS = {"quickstart": Quickstart, "prepare": Prepare, "train": Train, "generate": Generate, "export": Export}
+VERBS = {
+    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "generate": Generate, "export": Export,
+}  # fmt: skip
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
+    verb: Quickstart | Prepare | Data | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",

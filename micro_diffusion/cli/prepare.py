@@ -1,17 +1,20 @@
 """`micro-diffusion prepare`: pictures with captions become a latent store."""
 
 import contextlib
+import inspect
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from micro_diffusion.runtime.files import UserError
 
 if TYPE_CHECKING:
+    from micro_diffusion.data.prepare import PrepareReport, Ranks
     from micro_diffusion.data.records import Record
     from micro_diffusion.data.store import StoreInfo
     from micro_diffusion.models.autoencoders import Autoencoder
@@ -23,77 +26,85 @@ class Prepare:
     """Encode pictures and captions into a latent store. Killed and run again, it does only what is missing."""
 
     source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """emoji (the drawings that come with the package), or a folder of pictures, each with its caption in name.txt."""
+    """A folder of pictures, each with its caption in name.txt; or NAME or NAME:ADDRESS as in docs/data.md: emoji (the
+    drawings that come with the package), webdataset:a-{000..199}.tar, table:x.parquet, archive:x.zip, hub:OWNER/NAME,
+    mds:FOLDER, cc12m, sa1b:LINKS.txt, journeydb, diffusiondb, textcaps, coco."""
     out: Annotated[Path, arg(metavar="STORE")]
     """Folder of the store; a store that is there gains what it lacks."""
     resolutions: tuple[int, ...] = (64, 128)
     """Pixels of the shorter edge, one set of latents each."""
     subset: str | None = None
     """emoji: only a named subset of the training split, such as quickstart."""
-    augment: int = 0
+    augment: int | None = None
     """emoji: so many varied copies of each drawing besides."""
-    table: Path | None = None
-    """Folder: captions from this CSV, JSONL or Parquet table."""
+    table: str | None = None
+    """Folder, archive: captions from this CSV, JSONL or Parquet table."""
     validation: float | None = None
-    """Folder: the part of the pictures that training never sees. Default 0.02."""
+    """The part of the pictures that training never sees, where a source has no such split. Default 0.02."""
+    fraction: float | None = None
+    """Only the first share of the data, such as 0.01."""
+    downloads: Path | None = None
+    """Where downloaded files are kept. Default: downloads."""
+    min_size: int = 0
+    """Leave out pictures with a shorter edge of fewer pixels."""
+    max_aspect: float = 0.0
+    """Leave out pictures that are longer than this to 1."""
+    posterior: bool = False
+    """Keep mean and deviation of the latents: training draws anew at each visit."""
+    text_dtype: Literal["float16", "int8"] = "float16"
+    """int8: integers with a scale for each token, half the size."""
+    max_rejected: float = 0.05
+    """Stop when a larger share of the records is damaged."""
     autoencoder: str = "embedded"
     """embedded, a folder in diffusers format, or a name on the hub."""
     text_encoder: str = "embedded"
     """embedded, a folder in transformers format, or a name on the hub."""
     caption_rule: str = "light"
-    """How captions are cleaned: none or light."""
+    """How captions are cleaned: none, light, first-line or paper."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     batch_size: int = 32
     """Pictures encoded at once."""
     rows_per_part: int = 4096
     """Records in a part, the unit of restart."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
 
     def records(self) -> "Iterator[Record]":
         """The source's records; UserError for a source that is not there or a setting that it has no use for."""
+        from micro_diffusion.data.records import hold_out
         from micro_diffusion.data.sources import SOURCES
 
-        folder = {"--table": self.table, "--validation": self.validation}
-        emoji = {"--subset": self.subset, "--augment": self.augment or None}
-        named = self.source in SOURCES and self.source != "folder"
-        for option, value in (folder if named else emoji).items():
-            if value is not None:
-                raise UserError(f"{option} does nothing with the source {self.source!r}; leave it out.")
-        if named:
-            return SOURCES[self.source](subset=self.subset, augment=self.augment)
-        if not Path(self.source).is_dir():
-            names = ", ".join(name for name in SOURCES if name != "folder")
-            raise UserError(f"There is no folder {self.source!r}, and no source of that name (there is: {names}).")
-        validation = 0.02 if self.validation is None else self.validation
-        return SOURCES["folder"](Path(self.source), table=self.table, validation=validation)
+        name, _, address = self.source.partition(":")
+        if name not in SOURCES or (name == "folder" and not address):
+            name, address = "folder", self.source
+        own_split = name in ("emoji", "coco")
+        takes = inspect.signature(SOURCES[name]).parameters
+        settings = ("subset", "augment", "table", "fraction", "downloads", "validation")
+        options = {setting: getattr(self, setting) for setting in settings if getattr(self, setting) is not None}
+        share = options.get("validation", 0.02)
+        for option in options:
+            if option not in takes and (own_split or option != "validation"):
+                raise UserError(f"--{option} does nothing with the source {self.source!r}; leave it out.")
+        options.pop("validation", None)
+        if name == "folder" and not Path(address).is_dir():
+            raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
+        needed = [option for option, value in takes.items() if value.default is value.empty]
+        if missing := set(needed) - options.keys() - ({"address"} if address else set()):
+            hint = f"write {name}:ADDRESS" if "address" in missing else f"add --{missing.pop()}"
+            raise UserError(f"The source {name!r} needs more: {hint}.")
+        records = SOURCES[name](*([address] if address else []), **options)
+        return records if own_split else hold_out(records, share)
 
     def __call__(self) -> None:
-        from micro_diffusion.data.prepare import prepare
-        from micro_diffusion.models.autoencoders import load_autoencoder
-        from micro_diffusion.models.text_encoders import load_text_encoder
-        from micro_diffusion.runtime.device import pick_device
+        from torch import cuda
 
-        records = self.records()
-        device = pick_device(self.device)
-        autoencoder = load_autoencoder(self.autoencoder, device=device)
-        text_encoder = load_text_encoder(self.text_encoder, device=device)
-        for resolution in self.resolutions:
-            if resolution < 1 or resolution % autoencoder.downscale:
-                raise UserError(
-                    f"--resolutions: {resolution} is not a multiple of the autoencoder's {autoencoder.downscale}."
-                )
-        with counter() as progress:
-            report = prepare(
-                records,
-                self.out,
-                resolutions=self.resolutions,
-                encode_images=autoencoder.encode,
-                encode_text=text_encoder.encode,
-                info=store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=self.source),
-                rows_per_part=self.rows_per_part,
-                batch_size=self.batch_size,
-                progress=progress,
-            )
+        from micro_diffusion.data.prepare import ray_ranks
+
+        ranks = ray_ranks(self.work, gpus=float(cuda.is_available())) if self.engine == "ray" else torchrun()
+        report = self.work(ranks)
+        if ranks.rank:
+            return
         print(
             f"{self.out}: {report.rows:,} pictures in {report.parts} parts, {report.parts_written} of them written now"
         )
@@ -101,6 +112,50 @@ class Prepare:
             print(f"  left out: {count:,} ({reason})")
         if report.rejected:
             print(f"  see {report.rejects_file}")
+        for reason, count in report.filtered.items():
+            print(f"  not wanted: {count:,} ({reason})")
+
+    def work(self, ranks: "Ranks") -> "PrepareReport":
+        """Load the encoders and make the parts of this rank."""
+        from micro_diffusion.data.prepare import prepare
+        from micro_diffusion.models.autoencoders import load_autoencoder
+        from micro_diffusion.models.text_encoders import load_text_encoder
+        from micro_diffusion.runtime.device import pick_device
+
+        records, device = self.records(), pick_device(self.device)
+        autoencoder = load_autoencoder(self.autoencoder, device=device)
+        text_encoder = load_text_encoder(self.text_encoder, device=device)
+        with counter() as progress:
+            return prepare(
+                records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
+                encode_text=text_encoder.encode, info=self.info(autoencoder, text_encoder),
+                rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
+                device=device, ranks=ranks, progress=progress,
+            )  # fmt: skip
+
+    def info(self, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
+        """What the store's head says."""
+        info = store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=self.source)
+        return replace(
+            info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype},
+            min_size=self.min_size, max_aspect=self.max_aspect,
+        )  # fmt: skip
+
+
+def torchrun() -> "Ranks":
+    """This process's place under torchrun on one machine; alone without."""
+    from datetime import timedelta
+
+    from torch import cuda, distributed
+
+    from micro_diffusion.data.prepare import ALONE, Ranks
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    if cuda.is_available():
+        cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))  # ranks need not finish together
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
 
 
 def store_info(

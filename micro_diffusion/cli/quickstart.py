@@ -59,7 +59,7 @@ class Quickstart:
         )
         source()
         seconds["prepare"] = time.monotonic() - started
-        train_recipe(recipe, [source.out], run, device=self.device)
+        train_recipe(recipe, [str(source.out)], run, device=self.device)
         seconds["train"] = time.monotonic() - started - sum(seconds.values())
         captions, true = true_pictures(source)
         some = [i * len(captions) // STAGE_PROMPTS for i in range(STAGE_PROMPTS)]

@@ -34,8 +34,8 @@ class Train:
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """A recipe's name (quickstart, emoji), a recipe.json, or file.py:function."""
-    store: Annotated[UseAppendAction[tuple[Path, ...]], arg(metavar="STORE")]
-    """A store made by prepare; several are mixed by their size."""
+    store: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="STORE")]
+    """A store made by prepare, here or at an address (docs/data.md); several are mixed by their size."""
     run: Annotated[Path, arg(metavar="RUN")]
     """Folder for checkpoints, log, samples and the model."""
     settings: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = ()
@@ -155,7 +155,7 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe", folders: Sequence[Path], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
 ) -> None:
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require

@@ -1,6 +1,7 @@
 """Caption cleaning: named rules in one table."""
 
 import html
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,48 @@ def light(text: str) -> str:
     return " ".join("".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split())
 
 
-CAPTION_RULES: dict[str, Callable[[str], str]] = {"none": str, "light": light}
+def first_line(text: str) -> str:
+    """`light` of the first line that is not empty: for files that hold more than the caption."""
+    return light(next((line for line in text.splitlines() if line.strip()), ""))
+
+
+# In this order, on the lower-cased text: what is dropped, and by what it is replaced.
+PAPER_DROPS = tuple(
+    (re.compile(pattern), by)
+    for pattern, by in (
+        (r"<[^>]*>", " "),  # tags
+        (r"(?:https?:|www\.)\S+|\b[\w.-]+\.(?:com|co|org|net|edu|gov|ru|info|de|uk|io)\b(?:/\S*)?", " "),  # addresses
+        (r"\b\d{1,3}(?:\.\d{1,3}){3}\b", " "),
+        (r"(?:^|(?<=\s))@\w+", " "),  # handles
+        (r"\S+\.(?:png|jpe?g|bmp|webp|gif|svg|pdf|eps|mp4|html?)\b", " "),  # file names
+        (r"[\u3000-\u30ff\u31c0-\u31ff\u3200-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\uff00-\uffef]+", " "),  # CJK
+        (r"[\u2010-\u2015\u2212]", "-"),
+        (r"[\u201c\u201d\u00ab\u00bb`]", '"'),
+        (r"[\u2018\u2019\u00b4]", "'"),
+        (r"#?\b\d{5,}\b", " "),  # numbers that only a catalogue knows
+        (r"\b(?=\w*\d\w*\d)(?=\w*[a-z])\w{7,}\b", " "),
+        (r"\b\d+(?:\.\d+)?\s*x\s*\d+(?:\.\d+)?\b", " "),  # sizes
+        (r"[^\w\s.,:;!?'\"&%$()/+-]|_", " "),  # most punctuation
+        (r"([.,:;!?'\"-])\1+", r"\1"),
+        (r"\s+(?=[.,:;!?])", ""),
+        (r"^[\s.,:;!?'\"-]+|[\s,:;'\"-]+$", ""),
+    )
+)
+
+
+def paper(text: str) -> str:
+    """What the paper's captions went through, told in the same order: lower case, and only words of a sentence stay."""
+    text = light(html.unescape(text)).lower()
+    if len(re.findall(r"(?<=\w)[-_](?=\w)", text)) > 3:  # words joined as in a file's name
+        text = re.sub(r"[-_]", " ", text)
+    for pattern, by in PAPER_DROPS:
+        text = pattern.sub(by, text)
+    return " ".join(text.split())
+
+
+CAPTION_RULES: dict[str, Callable[[str], str]] = {
+    "none": str, "light": light, "first-line": first_line, "paper": paper,
+}  # fmt: skip
 
 
 def clean_captions(captions: Sequence[Caption], rule: Callable[[str], str]) -> tuple[list[str], list[float]]:

@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from micro_diffusion.data.store import Store
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.runtime.random import derive_seed, draw_uniform
+from micro_diffusion.runtime.random import derive_seed, draw_normal, draw_uniform
 
 Positions = Int[np.ndarray, " n"]
 Starts = Int[np.ndarray, " w"]
 
 
 class Batch(NamedTuple):
-    """What one training step looks at."""
+    """What one training step looks at; float16 as stored, unless posteriors or int8 states were made numbers of."""
 
     latents: Float[Tensor, "b c h w"]
     text: Float[Tensor, "b l d"]  # zeros where text_mask is False
@@ -85,16 +85,19 @@ class OpenPart:
         self.keys = rows["key"]
         self.weights = ListColumn(rows["weights"])
         self.latents = ListColumn(latents["latents"])
+        self.deviation = ListColumn(latents["deviation"]) if store.info.posterior else None
         self.lengths, self.states = ListColumn(text["lengths"]), ListColumn(text["states"])
+        self.scales = ListColumn(text["scales"]) if "scales" in text.column_names else None
         self.shape = (latents["height"][0].as_py(), latents["width"][0].as_py()) if len(rows) else (0, 0)
 
-    def caption(self, row: int, draw: float, width: int) -> Float[np.ndarray, "l d"]:
-        """The states of the caption that `draw` in [0, 1) chooses by weight; 0 is the first."""
+    def caption(self, row: int, draw: float, width: int) -> tuple[Shaped[np.ndarray, "l d"], Shaped[np.ndarray, " l"]]:
+        """States and scales of the caption that `draw` in [0, 1) chooses by weight; 0 is the first."""
         lengths, weights = self.lengths[row], self.weights[row]
         share = np.cumsum(weights, dtype=np.float64)
         choice = min(int(np.searchsorted(share, draw * share[-1], side="right")), len(lengths) - 1)
-        start = int(lengths[:choice].sum()) * width
-        return self.states[row][start : start + int(lengths[choice]) * width].reshape(-1, width)
+        start, length = int(lengths[:choice].sum()), int(lengths[choice])
+        states = self.states[row][start * width : (start + length) * width].reshape(-1, width)
+        return states, self.scales[row][start : start + length] if self.scales else np.ones(length, np.float16)
 
 
 class Order:
@@ -179,10 +182,10 @@ class Loader:
         which, nth = interleave(self.weights, positions)
         draws = draw_uniform(self.seed, "caption", torch.from_numpy(positions)).tolist()
         places = [(int(store), *self.orders[store][n]) for store, n in zip(which, nth.tolist(), strict=True)]
-        return self._assemble(places, draws)
+        return self._assemble(places, draws, torch.from_numpy(positions))
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """Rows of the split in the order of the stores' tables, each with its first caption."""
+        """Rows of the split in the order of the stores' tables, each with its first caption; float32."""
         ends = np.cumsum([0] + [count for order in self.orders for count in order.counts])
         names = [(store, part) for store, order in enumerate(self.orders) for part in range(len(order.counts))]
         places = []
@@ -191,23 +194,35 @@ class Loader:
                 raise IndexError(f"row {index} of {ends[-1]}")
             part = int(np.searchsorted(ends, index, side="right")) - 1
             places.append((*names[part], int(index - ends[part])))
-        return self._assemble(places, [0.0] * len(places))
+        batch = self._assemble(places, [0.0] * len(places))
+        return batch._replace(latents=batch.latents.float(), text=batch.text.float())
 
-    def _assemble(self, places: Sequence[tuple[int, int, int]], draws: Sequence[float]) -> Batch:
+    def _assemble(
+        self, places: Sequence[tuple[int, int, int]], draws: Sequence[float], positions: Tensor | None = None
+    ) -> Batch:
+        """Rows with the captions that `draws` choose; latents from kept posteriors, or without positions the means."""
         parts = [self._open(store, part) for store, part, _ in places]
         rows = [int(part.rows[row]) for part, (_, _, row) in zip(parts, places, strict=True)]
         captions = [part.caption(row, draw, self.width) for part, row, draw in zip(parts, rows, draws, strict=True)]
-        length = self.text_length or max([1, *(len(caption) for caption in captions)])
+        length = self.text_length or max([1, *(len(states) for states, _ in captions)])
         latents = np.empty((len(places), self.channels, *parts[0].shape), np.float16)
-        text = np.zeros((len(places), length, self.width), np.float16)
-        mask = np.zeros((len(places), length), bool)
-        for index, (part, row, caption) in enumerate(zip(parts, rows, captions, strict=True)):
+        deviation = np.zeros_like(latents) if positions is not None and any(part.deviation for part in parts) else None
+        text = np.zeros((len(places), length, self.width), captions[0][0].dtype)
+        scales, mask = np.zeros((len(places), length), np.float16), np.zeros((len(places), length), bool)
+        for index, (part, row, (states, scale)) in enumerate(zip(parts, rows, captions, strict=True)):
             latents[index].reshape(-1)[:] = part.latents[row]
-            kept = min(len(caption), length)
-            text[index, :kept] = caption[:kept]
-            mask[index, :kept] = True
+            if deviation is not None and part.deviation:
+                deviation[index].reshape(-1)[:] = part.deviation[row]
+            kept = min(len(states), length)
+            text[index, :kept], scales[index, :kept], mask[index, :kept] = states[:kept], scale[:kept], True
         keys = tuple(part.keys[row].as_py() for part, row in zip(parts, rows, strict=True))
-        return Batch(_float32(latents), _float32(text), torch.from_numpy(mask), keys)
+        drawn, known = torch.from_numpy(latents), torch.from_numpy(text)
+        if positions is not None and deviation is not None:
+            noise = draw_normal(self.seed, "posterior", positions, tuple(drawn.shape[1:]))
+            drawn = drawn.float() + torch.from_numpy(deviation).float() * noise
+        if known.dtype == torch.int8:
+            known = known.float().mul_(torch.from_numpy(scales).float()[..., None])
+        return Batch(drawn, known, torch.from_numpy(mask), keys)
 
     def batches(
         self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2
@@ -231,11 +246,6 @@ class Loader:
                 yield pending.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _float32(half: np.ndarray) -> Tensor:
-    """The same numbers in memory that numpy allocates: in huge pages, so sooner there than in torch's own."""
-    return torch.from_numpy(np.empty(half.shape, np.float32)).copy_(torch.from_numpy(half))
 
 
 def _rows_of(splits: Any, split: str) -> int:

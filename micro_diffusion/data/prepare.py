@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,32 +15,52 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from micro_diffusion.data import store as layout
-from micro_diffusion.data.captions import CAPTION_RULES, clean_captions
-from micro_diffusion.data.records import Record, Rejected, decode_image, resize_crop
+from micro_diffusion.data.captions import CAPTION_RULES
+from micro_diffusion.data.encode import EncodeImages, EncodeText, Sample, caption_rows, latent_rows, load
+from micro_diffusion.data.records import Filtered, Record, Rejected
 from micro_diffusion.data.store import PartInfo, RowWriter, StoreInfo
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, remove_leftovers, sha256, sync, write_atomic
-from micro_diffusion.runtime.random import derive_seed
 
 REJECTS_FILE = "rejects.jsonl"
 
-# Pictures in [-1, 1], (b, 3, h, w), to the mean and standard deviation of their scaled latents, (b, c, h, w) each.
-EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
-# Captions to padded states (b, l, d) and the mask of real tokens (b, l).
-EncodeText = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+class Ranks(NamedTuple):
+    """Which of several processes this one is, and how they wait for each other."""
+
+    rank: int
+    world: int
+    wait: Callable[[], object]
 
 
-class Sample(NamedTuple):
-    """A record that is ready to be encoded."""
+ALONE = Ranks(0, 1, lambda: None)
 
-    record: Record
-    texts: list[str]
-    weights: list[float]
-    size: tuple[int, int]  # width and height of the original
-    crops: dict[int, UInt8[np.ndarray, "h w 3"]]  # by resolution
+
+def ray_ranks(work: Callable[[Ranks], object], *, gpus: float) -> Ranks:
+    """Ranks of a driver that lets Ray Data do `work` for each of several shares of the parts, then completes the store.
+
+    A share whose worker is lost is done again elsewhere: what it had finished is found, the rest is made. All machines
+    must see the sources and the store. `gpus` is what one task takes; there are twice as many as can run at once.
+    """
+
+    def run() -> None:
+        import ray
+
+        if not ray.is_initialized():
+            ray.init()
+        tasks = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
+
+        def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            work(Ranks(int(batch["id"][0]) + 1, tasks, lambda: None))  # rank 0 is the driver's
+            return batch
+
+        shares = ray.data.range(tasks, override_num_blocks=tasks)
+        shares.map_batches(share, batch_size=1, num_gpus=gpus, max_retries=-1).materialize()
+
+    waits = iter([run])
+    return Ranks(0, 1, lambda: next(waits, lambda: None)())
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ class PrepareReport:
     parts_written: int  # new, or given a new file; 0 means that there was nothing to do
     rejected: dict[str, int]  # by reason
     rejects_file: Path | None
+    filtered: dict[str, int] = field(default_factory=dict)  # not wanted, by reason
 
 
 def prepare(
@@ -64,44 +86,46 @@ def prepare(
     seed: int = 0,
     rows_per_part: int = 4096,
     batch_size: int = 32,
-    workers: int = 4,
+    workers: int | None = None,
     max_rejected: float = 0.05,
+    device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:
     """Encode records into the store `out`, or finish or extend (by a resolution, a text encoder) the one that is there.
 
     `info` holds the autoencoder, one text encoder, the caption rule and the source's description. Records must come in
-    the same order each time: the n-th part covers the n-th `rows_per_part` of them. `progress` is told how many records
+    the same order each time: the n-th part covers the n-th `rows_per_part` of them. `workers` threads decode (by
+    default, one a core). Of several `ranks`, each makes its share of the parts. `progress` is told how many records
     were seen and how many rejected. Raises `UserError` for a store made with other settings, a source that has changed,
     and when more than the share `max_rejected` is rejected.
     """
-    out, remaining = Path(out), iter(records)
+    out = Path(out)
     wanted = replace(info, resolutions=tuple(sorted(set(resolutions))), seed=seed, rows_per_part=rows_per_part)
     info, complete = _settle(out, wanted)
     (text_name,) = wanted.text_encoders
-    parts: list[PartInfo] = []
-    written = 0
     out.mkdir(parents=True, exist_ok=True)
+    if ranks.rank == 0:
+        remove_leftovers(out)
+        if ranks is not ALONE and not complete:  # by one process, before the others begin
+            write_atomic(out / "store.json", layout.to_json(info))
+    ranks.wait()
     try:
-        with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-            work = _Work(out, info, encode_images, encode_text, text_name, batch_size, pool, max_rejected, progress)
-            while (head := next(remaining, None)) is not None:
-                chunk = itertools.chain([head], itertools.islice(remaining, rows_per_part - 1))
-                part, changed = work.part(layout.part_folder(out, len(parts)), chunk)
-                parts.append(part)
-                written += changed
-        if not parts:
-            raise UserError("The source has no records: there is nothing to prepare.")
-        if layout.part_folder(out, len(parts)).exists():
-            raise _changed(out)
-        if written or not complete:
-            _write_rejects(out, work.rejects)
-            write_atomic(out / "store.json", layout.to_json(replace(info, complete=True)))
+        with ThreadPoolExecutor(workers or os.cpu_count() or 4) as pool, ThreadPoolExecutor(1) as writer:
+            work = _Work(
+                out, info, encode_images, encode_text, text_name, batch_size, pool, writer, max_rejected, device,
+                progress,
+            )  # fmt: skip
+            parts, written = work.all(iter(records), ranks)
+        ranks.wait()
+        if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
+            remove_leftovers(out)  # of other ranks that were lost
+            _write_rejects(out, [reject for part in _parts(out, parts) for reject in part.rejects])
+            write_atomic(out / "store.json", layout.to_json(replace(info, parts=parts, complete=True)))
+        return _report(out, parts, written)
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only when it is empty: nothing came of it
-    path = out / REJECTS_FILE if work.rejects else None
-    return PrepareReport(sum(part.rows for part in parts), len(parts), written, _by_reason(work.rejects), path)
 
 
 def _settle(out: Path, wanted: StoreInfo) -> tuple[StoreInfo, bool]:
@@ -114,11 +138,10 @@ def _settle(out: Path, wanted: StoreInfo) -> tuple[StoreInfo, bool]:
     if "store.json" not in names:
         if out.is_file() or any(not name.startswith(TEMPORARY_PREFIX) for name in names - {REJECTS_FILE}):
             raise UserError(f"{out} is not empty and not a latent store; choose another folder.")
-        remove_leftovers(out)
         return wanted, False
-    remove_leftovers(out)
     old = StoreInfo.read(out)
-    settings = [(name, getattr(old, name), getattr(wanted, name)) for name in ("caption_rule", "seed", "rows_per_part")]
+    same = ("caption_rule", "seed", "rows_per_part", "dtypes", "posterior", "min_size", "max_aspect")
+    settings = [(name, getattr(old, name), getattr(wanted, name)) for name in same]
     settings += [("autoencoder", replace(old.autoencoder, name=""), replace(wanted.autoencoder, name=""))]
     settings += [
         (f"text encoder '{name}'", old.text_encoders.get(name, text), text)
@@ -146,14 +169,34 @@ class _Work:
     text_name: str
     batch_size: int
     pool: ThreadPoolExecutor
+    writer: ThreadPoolExecutor  # one thread: it waits for the device and writes while the next batch is encoded
     max_rejected: float
+    device: torch.device | str
     progress: Callable[[int, int], None] | None
     records: int = 0
     keys: set[bytes] = field(default_factory=set)  # 8 bytes of hash each
     rejects: list[dict[str, str]] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)  # of the part at hand
 
-    def part(self, folder: Path, records: Iterable[Record]) -> tuple[PartInfo, bool]:
-        """Make the files that this part lacks; returns what it then is, and whether anything was made.
+    def all(self, records: Iterator[Record], ranks: Ranks) -> tuple[int, int]:
+        """Go through all records and make this rank's parts; how many parts there are, and how many were made here."""
+        index = written = 0
+        while (head := next(records, None)) is not None:
+            chunk = itertools.chain([head], itertools.islice(records, self.info.rows_per_part - 1))
+            if (index - ranks.rank) % ranks.world == 0:
+                written += self.part(layout.part_folder(self.out, index), chunk)
+            else:
+                for record in chunk:
+                    self._is_new(record)
+            index += 1
+        if not index:
+            raise UserError("The source has no records: there is nothing to prepare.")
+        if layout.part_folder(self.out, index).exists():
+            raise _changed(self.out)
+        return index, written
+
+    def part(self, folder: Path, records: Iterable[Record]) -> bool:
+        """Make the files that this part lacks; returns whether there were any.
 
         Files are written and synced in a temporary folder and moved; part.json, the last, makes them count.
         """
@@ -164,27 +207,37 @@ class _Work:
             raise UserError(f"The store {self.out} is not finished: first prepare it with '{others.pop()}' again.")
         keys = set(layout.read_stream(folder / layout.ROWS_FILE)["key"].to_pylist()) if old and missing else set()
         digest, first_reject = hashlib.blake2b(digest_size=16), len(self.rejects)
+        self.filtered.clear()
         with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=self.out) as name:
             samples = self._samples(records, missing, digest, keys if old else None)
             splits = self._write(Path(name), missing, samples)
+            if old and old.records_hash != digest.hexdigest():
+                raise _changed(self.out)
             if old:
-                if old.records_hash != digest.hexdigest():
-                    raise _changed(self.out)
                 self.rejects += old.rejects
             else:
                 self._check_rejects(self.records)
-            if old and not missing:
-                return old, False
+            if not missing:
+                return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
-            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, self.rejects[first_reject:])
+            rejects, filtered = self.rejects[first_reject:], dict(sorted(self.filtered.items()))
+            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, filtered)
             part = replace(old or new, files={**(old.files if old else {}), **hashes})
-            write_atomic(self.out / "store.json", layout.to_json(self.info))
+            if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
+                write_atomic(self.out / "store.json", layout.to_json(self.info))
             folder.mkdir(exist_ok=True)
             for file in missing:
                 sync(Path(name, file))
                 Path(name, file).replace(folder / file)
             write_atomic(folder / "part.json", layout.to_json(part))
-        return part, True
+        return True
+
+    def _is_new(self, record: Record) -> bool:
+        self.records += 1
+        short = hashlib.blake2b(repr(record.key).encode(), digest_size=8).digest()
+        before = len(self.keys)
+        self.keys.add(short)
+        return len(self.keys) > before
 
     def _samples(
         self,
@@ -194,17 +247,13 @@ class _Work:
         known: Collection[str] | None,
     ) -> Iterator[Sample]:
         """Samples in the order of the records, decoded in threads; with `known`, those keys only, and none may fail."""
-        rule = CAPTION_RULES[self.info.caption_rule]
         resolutions = [size for size in self.info.resolutions if layout.latents_file(size) in files]
         pending: deque[tuple[str, Future[Sample]]] = deque()
         for record in records:
             digest.update(repr((record.key, record.split, record.captions)).encode())
-            self.records += 1
-            short = hashlib.blake2b(repr(record.key).encode(), digest_size=8).digest()
-            new = short not in self.keys
-            self.keys.add(short)
+            new = self._is_new(record)
             if known is None or (new and record.key in known):
-                pending.append((record.key, self.pool.submit(load, record, resolutions, rule, new=new)))
+                pending.append((record.key, self.pool.submit(load, record, resolutions, self.info, new=new)))
             if len(pending) > 2 * self.batch_size:
                 yield from self._take(*pending.popleft(), known=known is not None)
         for key, future in pending:
@@ -219,8 +268,11 @@ class _Work:
                 raise UserError(
                     f"The picture of {key}, which is in {self.out}, is not readable now: {error}."
                 ) from error
-            self.rejects.append({"key": key, "reason": error.reason, "detail": error.detail})
-            self._check_rejects(max(self.records, self.info.rows_per_part))
+            if isinstance(error, Filtered):
+                self.filtered[error.reason] += 1
+            else:
+                self.rejects.append({"key": key, "reason": error.reason, "detail": error.detail})
+                self._check_rejects(max(self.records, self.info.rows_per_part))
             return []
 
     def _check_rejects(self, among: int) -> None:
@@ -236,66 +288,67 @@ class _Work:
         """Encode samples batch by batch into these files of a part; returns the rows by split."""
         splits: Counter[str] = Counter()
         with contextlib.ExitStack() as stack:
-            writers = {file: stack.enter_context(RowWriter(folder / file)) for file in files}
-            while batch := list(itertools.islice(samples, self.batch_size)):
-                splits.update(sample.record.split for sample in batch)
-                if writer := writers.get(layout.ROWS_FILE):
-                    for record, texts, weights, size, _ in batch:
-                        writer.write(record.key, texts, weights, *size, record.source, record.split)
-                for resolution in self.info.resolutions:
-                    if writer := writers.get(layout.latents_file(resolution)):
-                        for latent in self._latents(batch, resolution):
-                            writer.write(latent.reshape(-1), *latent.shape[1:])
-                if writer := writers.get(layout.text_file(self.text_name)):
-                    for captions in self._captions(batch):
-                        lengths = np.array([len(states) for states in captions], np.int32)
-                        writer.write(lengths, np.concatenate([states.reshape(-1) for states in captions]))
-                if self.progress:
-                    self.progress(self.records, len(self.rejects))
+            writers = {file: stack.enter_context(RowWriter(folder / file, self.info)) for file in files}
+            before: Future[None] | None = None
+            try:
+                while batch := list(itertools.islice(samples, self.batch_size)):
+                    splits.update(sample.record.split for sample in batch)
+                    encoded = self._encode(batch, files)
+                    if before:
+                        before.result()
+                    before = self.writer.submit(self._store, batch, encoded, writers)
+                    if self.progress:
+                        self.progress(self.records, len(self.rejects))
+            finally:
+                if before:
+                    before.result()
         return splits
 
-    def _latents(self, samples: Sequence[Sample], resolution: int) -> Iterator[Float[np.ndarray, "c h w"]]:
-        """One draw from each picture's posterior, by a generator that only (seed, key, resolution) decide."""
-        pixels = torch.from_numpy(np.stack([sample.crops[resolution] for sample in samples]))
-        distribution = self.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        mean, std = (tensor.detach().float().cpu() for tensor in distribution)
-        for sample, center, spread in zip(samples, mean, std, strict=True):
-            seed = derive_seed(self.info.seed, "posterior", sample.record.key, resolution)
-            noise = torch.randn(center.shape, generator=torch.Generator().manual_seed(seed))
-            yield _to_half(center + spread * noise, "autoencoder")
+    def _encode(self, samples: Sequence[Sample], files: Collection[str]) -> dict[str, list[tuple[Tensor, ...]]]:
+        """What the encoders give for each file, on their device: (mean, deviation), or padded states and their mask."""
+        found: dict[str, list[tuple[Tensor, ...]]] = {}
+        raw = [sample for sample in samples if not sample.record.encoded]
+        for resolution in self.info.resolutions:
+            if raw and (name := layout.latents_file(resolution)) in files:
+                pixels = torch.from_numpy(np.stack([sample.crops[resolution] for sample in raw])).to(self.device)
+                found[name] = [self.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)]
+        texts = [text for sample in raw for text in sample.texts]
+        if (name := layout.text_file(self.text_name)) in files:
+            starts = range(0, len(texts), self.batch_size)
+            found[name] = [self.encode_text(texts[start : start + self.batch_size]) for start in starts]
+        return found
 
-    def _captions(self, samples: Sequence[Sample]) -> Iterator[list[Float[np.ndarray, "l d"]]]:
-        """For each sample the states of each of its captions, without padding."""
-        texts = [text for sample in samples for text in sample.texts]
-        states: list[np.ndarray] = []
-        for start in range(0, len(texts), self.batch_size):
-            padded, mask = self.encode_text(texts[start : start + self.batch_size])
-            padded, mask = padded.detach().float().cpu(), mask.bool().cpu()
-            states += [_to_half(row[real], "text encoder") for row, real in zip(padded, mask, strict=True)]
-        remaining = iter(states)
-        for sample in samples:
-            yield list(itertools.islice(remaining, len(sample.texts)))
-
-
-def load(record: Record, resolutions: Sequence[int], rule: Callable[[str], str], *, new: bool = True) -> Sample:
-    """Clean the captions and decode the picture, unless no resolution is asked for; raises `Rejected`."""
-    if not new:
-        raise Rejected("duplicate key")
-    if not record.key.isprintable():  # file names that are not UTF-8 among them
-        raise Rejected("unprintable key")
-    texts, weights = clean_captions(record.captions, rule)
-    if not resolutions:
-        return Sample(record, texts, weights, (0, 0), {})
-    image = decode_image(record)
-    crops = {resolution: resize_crop(image, resolution) for resolution in resolutions}
-    return Sample(record, texts, weights, image.size, crops)
+    def _store(
+        self, batch: Sequence[Sample], encoded: dict[str, list[tuple[Tensor, ...]]], writers: dict[str, RowWriter]
+    ) -> None:
+        if writer := writers.get(layout.ROWS_FILE):
+            for record, texts, weights, size, *_ in batch:
+                writer.write(record.key, texts, weights, *size, record.source, record.split)
+        for resolution in self.info.resolutions:
+            if writer := writers.get(name := layout.latents_file(resolution)):
+                for row in latent_rows(batch, encoded.get(name, []), resolution, self.info):
+                    writer.write(*row)
+        if writer := writers.get(name := layout.text_file(self.text_name)):
+            for captions in caption_rows(batch, encoded[name], self.info.text_encoders[self.text_name].width):
+                lengths, states = np.array([len(part) for part in captions], np.int32), np.concatenate(captions)
+                small = layout.quantise(states) if self.info.dtypes["text"] == "int8" else (states,)
+                writer.write(lengths, *(values.reshape(-1) for values in small))
 
 
-def _to_half(values: Tensor, maker: str) -> np.ndarray:
-    half = values.half()
-    if not half.isfinite().all():
-        raise UserError(f"The {maker} returned values that float16 cannot hold; run it in float32.")
-    return half.numpy()
+def _parts(store: Path, count: int) -> Iterator[PartInfo]:
+    """Those that are there: other ranks may still be at work."""
+    folders = (layout.part_folder(store, index) for index in range(count))
+    return (PartInfo.read(folder) for folder in folders if (folder / "part.json").exists())
+
+
+def _report(out: Path, parts: int, written: int) -> PrepareReport:
+    rejected, filtered, rows = Counter[str](), Counter[str](), 0
+    for part in _parts(out, parts):
+        rows += part.rows
+        rejected.update(reject["reason"] for reject in part.rejects)
+        filtered.update(part.filtered)
+    path = out / REJECTS_FILE if rejected else None
+    return PrepareReport(rows, parts, written, dict(rejected.most_common()), path, dict(filtered.most_common()))
 
 
 def _by_reason(rejects: Sequence[dict[str, str]]) -> dict[str, int]:

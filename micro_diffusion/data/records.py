@@ -1,14 +1,20 @@
 """What every source yields: a picture, its captions, a key; and how a picture becomes an RGB square."""
 
+import hashlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float16, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from micro_diffusion.runtime.files import UserError
 
 # Larger pictures are refused before they are decoded: a small file can claim a size that fills the memory.
 MAX_PIXELS = 89_000_000
@@ -21,6 +27,13 @@ class Caption(NamedTuple):
     weight: float = 1.0
 
 
+class Encoded(NamedTuple):
+    """What a source already holds of a picture in encoded form, flat: taken as it is."""
+
+    latents: Mapping[int, Float16[np.ndarray, " n"]]  # by resolution, shifted and scaled
+    text: Float16[np.ndarray, " n"]  # states of every token of the caption
+
+
 @dataclass(frozen=True)
 class Record:
     """One picture with its captions, as a source found it; nothing is opened or decoded yet."""
@@ -30,6 +43,8 @@ class Record:
     captions: tuple[Caption, ...]
     source: str
     split: str = "train"
+    problem: "Rejected | None" = None  # why the source itself could not read it, or leaves it out
+    encoded: Encoded | None = None
 
 
 class Rejected(Exception):
@@ -41,22 +56,46 @@ class Rejected(Exception):
         self.detail = detail
 
 
-def decode_image(record: Record) -> Image.Image:
+class Filtered(Rejected):
+    """A record that is not wanted: counted, and no sign of damage."""
+
+
+def hash_share(name: str, share: float) -> bool:
+    """Whether a name falls into this share of all names, by its hash."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def hold_out(records: Iterable[Record], share: float) -> Iterator[Record]:
+    """The records, those with a share of all keys, chosen by hash, kept out of training. Raises `UserError`."""
+    if not 0 <= share < 1:
+        raise UserError(f"validation is a share of the pictures, from 0 to below 1, not {share}.")
+    return (replace(record, split="validation") if hash_share(record.key, share) else record for record in records)
+
+
+def decode_image(record: Record, *, min_size: int = 0, max_aspect: float = 0.0) -> Image.Image:
     """Decode a record's picture to RGB: upright by its EXIF mark, transparency on white, 16-bit greys scaled to 8.
 
-    Raises `Rejected` for a file that cannot be read, does not decode, or has more than `MAX_PIXELS` pixels.
+    Raises `Rejected` for a file that cannot be read, does not decode, or has more than `MAX_PIXELS` pixels; `Filtered`
+    for a shorter edge below `min_size`, or a longer one more than `max_aspect` times that (0: any).
     """
     try:
         image = record.image
         content = image if isinstance(image, bytes) else image.read_bytes() if isinstance(image, Path) else image()
     except OSError as error:
         raise Rejected("file cannot be read", error.strerror or str(error)) from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise Rejected("archive is damaged", str(error)) from error
     if not content:
         raise Rejected("empty file")
     try:
         picture = Image.open(io.BytesIO(content))
         if picture.width * picture.height > MAX_PIXELS:
             raise Rejected("too many pixels", f"{picture.width} x {picture.height}")
+        if min(picture.size) < min_size:
+            raise Filtered(f"smaller than {min_size} px")
+        if max(picture.size) > (max_aspect or math.inf) * min(picture.size):
+            raise Filtered(f"longer than {max_aspect:g} to 1")
         return _to_rgb(ImageOps.exif_transpose(picture))
     except Rejected:
         raise

@@ -11,6 +11,7 @@ The files are Arrow IPC streams, which `datasets.Dataset.from_file` opens too; t
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,9 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+from jaxtyping import Float16, Int8
 
+from micro_diffusion.data.fetch import fetch
 from micro_diffusion.runtime.files import UserError
 
 SCHEMA_VERSION = 1
@@ -38,8 +41,16 @@ ROWS_SCHEMA = pa.schema(
     }
 )
 LATENTS_SCHEMA = pa.schema({"latents": pa.list_(pa.float16()), "height": pa.int32(), "width": pa.int32()})
-TEXT_SCHEMA = pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())})
+DEVIATION = pa.field("deviation", pa.list_(pa.float16()))  # in a store that keeps posteriors; the latents are the means
+TEXT_SCHEMAS = {
+    "float16": pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())}),
+    "int8": pa.schema(
+        {"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.int8()), "scales": pa.list_(pa.float16())}
+    ),  # state = integers * scale, one scale a token
+}
 ROWS_FILE = "rows.arrow"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-diffusion", "stores")
+CACHE_BYTES = int(os.environ.get("MICRO_DIFFUSION_CACHE_GB", "200")) * 10**9
 
 
 def part_folder(store: Path, index: int) -> Path:
@@ -89,6 +100,10 @@ class StoreInfo:
     rows_per_part: int = 0
     seed: int = 0
     dtypes: Mapping[str, str] = field(default_factory=lambda: {"latents": "float16", "text": "float16"})
+    posterior: bool = False  # mean and deviation of latents are kept, and a draw is made at each visit
+    min_size: int = 0  # pixels of the shorter edge
+    max_aspect: float = 0.0  # longer edge by shorter; 0: any
+    parts: int = 0  # known when it is complete
     complete: bool = False
     schema: int = SCHEMA_VERSION
 
@@ -112,6 +127,7 @@ class PartInfo:
     records_hash: str  # of the keys, captions and splits that the part covers: tells whether the source is the same
     files: Mapping[str, str]  # sha256 of each
     rejects: Sequence[dict[str, str]]  # key, reason, detail
+    filtered: Mapping[str, int] = field(default_factory=dict)  # records that were not wanted, by reason
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -125,8 +141,9 @@ def to_json(info: StoreInfo | PartInfo) -> str:
 class RowWriter:
     """Writes rows to one Arrow IPC stream, at most `ROWS_PER_BATCH` a record batch. A context manager."""
 
-    def __init__(self, path: Path) -> None:
-        schemas = {"rows": ROWS_SCHEMA, "latents": LATENTS_SCHEMA, "text": TEXT_SCHEMA}
+    def __init__(self, path: Path, info: StoreInfo) -> None:
+        latents = LATENTS_SCHEMA.append(DEVIATION) if info.posterior else LATENTS_SCHEMA
+        schemas = {"rows": ROWS_SCHEMA, "latents": latents, "text": TEXT_SCHEMAS[info.dtypes["text"]]}
         self.schema = schemas[path.stem.partition("-")[0]]
         self.rows: list[tuple[Any, ...]] = []
         self.values = 0
@@ -162,33 +179,55 @@ def _array(column: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(column), kind.value_type))
 
 
+def quantise(states: Float16[np.ndarray, "l d"]) -> tuple[Int8[np.ndarray, "l d"], Float16[np.ndarray, " l"]]:
+    """Per-token integers from -127 to 127 and their scales: an error of at most half a 127th of a token's largest."""
+    scales = (np.abs(states).max(1).astype(np.float32) / 127).astype(np.float16)
+    safe = np.where(scales > 0, scales, np.float16(1)).astype(np.float32)
+    return (states / safe[:, None]).round().clip(-127, 127).astype(np.int8), scales
+
+
 def read_stream(path: Path) -> pa.Table:
     """A table whose columns lie in the memory-mapped file: nothing is read until it is touched."""
     return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
 
 
+def _forget_oldest(cache: Path, limit: int) -> None:
+    """Delete the files used longest ago until `limit` bytes remain; what is mapped into memory stays readable."""
+    files = sorted(cache.rglob("*.arrow"), key=lambda file: file.stat().st_mtime)
+    total = sum(file.stat().st_size for file in files)
+    while total > limit and len(files) > 1:
+        total -= files[0].stat().st_size
+        files.pop(0).unlink()
+
+
 @dataclass(frozen=True)
 class Store:
-    """A complete store, open for reading."""
+    """A complete store, open for reading; of one elsewhere, those files are kept here that were needed lately."""
 
     path: Path
     info: StoreInfo
+    address: str = ""  # of a store elsewhere
+    cache: Path = CACHE
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Raises `UserError` when there is no store, or one that `prepare` did not finish."""
-        path = Path(path)
+    def open(cls, path: Path | str, *, cache: Path = CACHE) -> Self:
+        """A folder, or an address: `s3://`, `hf://datasets/OWNER/NAME/STORE`, `https://`, what fsspec knows.
+
+        Raises `UserError` when there is no store, or one that `prepare` did not finish.
+        """
+        address = str(path).rstrip("/") if "://" in str(path) else ""
+        path = fetch(f"{address}/store.json", cache).parent if address else Path(path)
         if not (path / "store.json").is_file():
             raise UserError(f"There is no latent store in {path}; make one with 'micro-diffusion prepare'.")
         info = StoreInfo.read(path)
         if not info.complete:
             raise UserError(f"The store {path} is not finished; run the same 'micro-diffusion prepare' again.")
-        return cls(path, info)
+        return cls(path, info, address, cache)
 
     @cached_property
     def parts(self) -> tuple[PartInfo, ...]:
         """Raises `UserError` when one in the middle is missing."""
-        count = sum(1 for _ in self.path.glob("part-[0-9]*"))
+        count = self.info.parts or sum(1 for _ in self.path.glob("part-[0-9]*"))
         return tuple(PartInfo.read(self._file(index, "part.json").parent) for index in range(count))
 
     def __len__(self) -> int:
@@ -205,6 +244,10 @@ class Store:
 
     def _file(self, part: int, name: str) -> Path:
         path = part_folder(self.path, part) / name
+        if self.address:
+            path = fetch(f"{self.address}/{path.parent.name}/{name}", self.cache)
+            os.utime(path)
+            _forget_oldest(self.cache, CACHE_BYTES)
         if not path.is_file():
             raise UserError(f"{path} is missing: the store is damaged; prepare it again into a new folder.")
         return path

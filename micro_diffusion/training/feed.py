@@ -40,8 +40,8 @@ def feed(
     drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
     for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
-        text, mask = null_caption(here.text, here.text_mask, here.caption_dropped)
-        yield here._replace(text=text, text_mask=mask)
+        text, mask = null_caption(here.text.float(), here.text_mask, here.caption_dropped)
+        yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
 
 
 def _draw(

@@ -1,23 +1,21 @@
-"""Where pictures come from: one file a source, one line each in `SOURCES`."""
+"""Where pictures come from: a function each, one line each in `SOURCES`.
+
+A source takes an address (a path, or what the data set's own is replaced by) and options, which become those of
+`micro-diffusion prepare`. It yields records, always the same in the same order.
+"""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from micro_diffusion.data.records import Record
+from micro_diffusion.data.sources import archives, paper, tables
+from micro_diffusion.data.sources.emoji import emoji_records
+from micro_diffusion.data.sources.folder import folder_records
+from micro_diffusion.data.sources.mds import mds_records
 
-
-def emoji(*, split: str | None = None, subset: str | None = None, augment: int = 0) -> Iterator[Record]:
-    """The embedded drawings."""
-    from micro_diffusion.data.sources.emoji import emoji_records
-
-    return emoji_records(split=split, subset=subset, augment=augment)
-
-
-def folder(path: Path, *, table: Path | None = None, validation: float = 0.02) -> Iterator[Record]:
-    """A folder of pictures, captions beside them or in a table."""
-    from micro_diffusion.data.sources.folder import folder_records
-
-    return folder_records(path, table=table, validation=validation)
-
-
-SOURCES: dict[str, Callable[..., Iterator[Record]]] = {"emoji": emoji, "folder": folder}
+SOURCES: dict[str, Callable[..., Iterator[Record]]] = {
+    "emoji": emoji_records, "folder": folder_records, "mds": mds_records,
+    "webdataset": archives.webdataset_records, "archive": archives.archive_records,
+    "table": tables.table_records, "hub": tables.hub_records,
+    "cc12m": paper.cc12m, "sa1b": paper.sa1b, "journeydb": paper.journeydb, "diffusiondb": paper.diffusiondb,
+    "textcaps": paper.textcaps, "coco": paper.coco,
+}  # fmt: skip

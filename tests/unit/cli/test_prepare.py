@@ -24,7 +24,7 @@ def test_a_folder_with_captions_beside_the_pictures(folder: Path) -> None:
 
 def test_a_folder_with_a_table(folder: Path) -> None:
     (folder / "table.csv").write_text("file_name,caption\nb.png,the second\n")
-    (record,) = Prepare(str(folder), Path("store"), table=folder / "table.csv").records()
+    (record,) = Prepare(str(folder), Path("store"), table=str(folder / "table.csv")).records()
     assert record.key == "b.png"
 
 
@@ -41,7 +41,7 @@ def test_a_missing_folder_names_what_there_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "settings", "words"),
     [
-        ("emoji", {"table": Path("x.csv")}, "--table does nothing"),
+        ("emoji", {"table": "x.csv"}, "--table does nothing"),
         ("emoji", {"validation": 0.1}, "--validation does nothing"),
         ("pictures", {"subset": "quickstart"}, "--subset does nothing"),
         ("pictures", {"augment": 2}, "--augment does nothing"),

@@ -70,5 +70,5 @@ def test_training_needs_a_store_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs a store"):
         Train("quickstart", (), tmp_path / "run")()
     with pytest.raises(UserError, match="no latent store"):
-        Train("quickstart", (tmp_path / "store",), tmp_path / "run")()
+        Train("quickstart", (str(tmp_path / "store"),), tmp_path / "run")()
     assert not (tmp_path / "run").exists()

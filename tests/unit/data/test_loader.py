@@ -131,7 +131,7 @@ def test_rows_and_captions_belong_together(stores):
 
 def test_types_and_padding(stores, world):
     batch = make(stores).batch(0, 20)
-    assert (batch.latents.dtype, batch.text.dtype, batch.text_mask.dtype) == (torch.float32, torch.float32, torch.bool)
+    assert (batch.latents.dtype, batch.text.dtype, batch.text_mask.dtype) == (torch.float16, torch.float16, torch.bool)
     assert batch.latents.shape == (20, 3, 4, 4)
     longest = max(map(len, letters(batch)))
     assert batch.text.shape == (20, longest, world.width)

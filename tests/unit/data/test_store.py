@@ -63,8 +63,8 @@ def test_datasets_opens_each_file(world, tmp_path):
     assert len(opened["latents-16"][4]["latents"]) == 48
 
 
-def test_record_batches_are_small(tmp_path):
-    with RowWriter(tmp_path / "latents-8.arrow") as writer:
+def test_record_batches_are_small(world, tmp_path):
+    with RowWriter(tmp_path / "latents-8.arrow", world.info()) as writer:
         for number in range(600):
             writer.write(np.full(number % 3, number, np.float16), 1, number % 3)
     table = read_stream(tmp_path / "latents-8.arrow")
@@ -72,9 +72,9 @@ def test_record_batches_are_small(tmp_path):
     assert table["latents"].to_pylist() == [[float(number)] * (number % 3) for number in range(600)]
 
 
-def test_record_batches_hold_few_values(tmp_path, monkeypatch):
+def test_record_batches_hold_few_values(world, tmp_path, monkeypatch):
     monkeypatch.setattr("micro_diffusion.data.store.MAX_VALUES_PER_BATCH", 10)
-    with RowWriter(tmp_path / "latents-8.arrow") as writer:
+    with RowWriter(tmp_path / "latents-8.arrow", world.info()) as writer:
         for _ in range(5):
             writer.write(np.zeros(4, np.float16), 2, 2)
     assert [len(batch) for batch in read_stream(tmp_path / "latents-8.arrow").to_batches()] == [2, 2, 1]

@@ -6,9 +6,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from micro_diffusion.data.captions import clean_captions, light
-from micro_diffusion.data.records import Rejected
+from micro_diffusion.data.records import Record, Rejected, hash_share, hold_out
 from micro_diffusion.data.sources import SOURCES
-from micro_diffusion.data.sources.folder import folder_records, held_out
+from micro_diffusion.data.sources.folder import folder_records
 from micro_diffusion.runtime.files import UserError
 
 
@@ -86,10 +86,12 @@ def test_captions_that_are_not_utf8_are_rejected_alone(tmp_path, kind):
 
 def test_held_out_share():
     names = [f"{number}.png" for number in range(5000)]
-    out = {name for name in names if held_out(name, 0.02)}
+    out = {name for name in names if hash_share(name, 0.02)}
     assert 60 < len(out) < 140
-    assert out < {name for name in names if held_out(name, 0.1)}
-    assert not any(held_out(name, 0.0) for name in names)
+    assert out < {name for name in names if hash_share(name, 0.1)}
+    assert not any(hash_share(name, 0.0) for name in names)
+    records = [Record(name, b"", (), "test") for name in names]
+    assert {record.key for record in hold_out(records, 0.02) if record.split == "validation"} == out
 
 
 def test_bad_input_is_named(tmp_path):
@@ -104,7 +106,7 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(UserError, match=r"no captions: put name\.txt"):
         folder_records(tmp_path)
     with pytest.raises(UserError, match="share"):
-        folder_records(tmp_path, validation=1.5)
+        hold_out([], 1.5)
 
 
 def test_bad_tables_are_named(tmp_path):
@@ -114,7 +116,7 @@ def test_bad_tables_are_named(tmp_path):
     with pytest.raises(UserError, match="must end in .csv"):
         folder_records(tmp_path, table=tmp_path / "a.xlsx")
     (tmp_path / "a.csv").write_text("name,caption\n")
-    with pytest.raises(UserError, match=r"no column of file names .* its columns are name, caption"):
+    with pytest.raises(UserError, match=r"no column of pictures or file names .* its columns are name, caption"):
         folder_records(tmp_path, table=tmp_path / "a.csv")
     (tmp_path / "b.csv").write_text("path,words\n")
     with pytest.raises(UserError, match=r"no column of captions .* path, words"):

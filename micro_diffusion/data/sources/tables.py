@@ -1,0 +1,143 @@
+"""Tables of pictures and captions: CSV, JSONL or Parquet with file names or the pictures themselves, and hub data."""
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch_all
+from micro_diffusion.data.records import Caption, Record, hash_share
+from micro_diffusion.runtime.files import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_COLUMNS = ("file_name", "image", "path", "jpg", "png", "webp", "img_path", "image_name")
+CAPTION_COLUMNS = ("caption", "text", "captions", "prompt", "reference_strs", "caption_syn_pixart_llava15", "txt")
+
+Row = tuple[str | bytes, tuple[Caption, ...]]  # file name or content of a picture, captions
+Table = tuple[list[str], Iterable[dict[str, Any]]]  # names of the columns, rows
+
+
+def table_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Iterator[Record]:
+    """Rows of CSV, JSONL or Parquet tables: pictures in a column, or their file names beside the table."""
+    for table in fetch_all(expand(address, fraction), downloads):
+        for number, row in enumerate(rows_of(table)):
+            yield row_record(row, f"{table.stem}/{number:08}", folder=table.parent, source=table.parent.name)
+
+
+def hub_records(
+    address: str, *, split: str = "train", revision: str | None = None, fraction: float = 1.0
+) -> Iterator[Record]:
+    """A data set of the hub by its name, or a local folder that `datasets` can read: streamed, nothing is kept."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(address, split=split, revision=revision, streaming=True)
+        columns = list(rows.features or next(iter(rows)))
+        image, captions = _columns(columns, address)
+        rows = rows.select_columns([image, captions]).cast_column(image, datasets.Image(decode=False))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"The data set {address!r} ({split}) cannot be opened: {error}") from error
+    for number, row in enumerate(rows):
+        if hash_share(key := f"{split}/{number:08}", fraction):
+            content = _image(row[image])
+            read = content if isinstance(content, bytes) else partial(_read, content)
+            yield Record(key, read, captions_of(row[captions]), address)
+
+
+def _read(address: str) -> bytes:
+    import fsspec
+
+    with fsspec.open(address, "rb") as file:
+        return bytes(file.read())
+
+
+def row_record(row: Row, key: str, *, folder: Path, source: str) -> Record:
+    """A file's name becomes the key; a picture that is in the table itself gets the key that is given."""
+    image, captions = row
+    if isinstance(image, bytes):
+        return Record(key, image, captions, source)
+    return Record(image, folder / image, captions, source)
+
+
+def rows_of(table: Path) -> Iterator[Row]:
+    """Picture and captions of each row. Raises `UserError` at once for a file that is not such a table."""
+    if not table.is_file():
+        raise UserError(f"There is no table {table}.")
+    if (kind := table.suffix.lower()) not in READERS:
+        raise UserError(f"{table} is not a table that can be read: it must end in {', '.join(READERS)}.")
+    columns, rows = READERS[kind](table)
+    image, captions = _columns(columns, str(table))
+    return ((_image(row.get(image)), captions_of(row.get(captions))) for row in rows)
+
+
+def _columns(columns: list[str], table: str) -> tuple[str, str]:
+    """The columns of pictures (or file names) and of captions."""
+    found = []
+    for wanted, what in ((IMAGE_COLUMNS, "pictures or file names"), (CAPTION_COLUMNS, "captions")):
+        found += [name for name in wanted if name in columns][:1]
+        if len(found) < 1 + (what == "captions"):
+            has = ", ".join(columns) or "none"
+            raise UserError(f"{table} has no column of {what} ({', '.join(wanted)}); its columns are {has}.")
+    return found[0], found[1]
+
+
+def _image(value: Any) -> str | bytes:
+    """As `datasets` stores it: content, or the file's name, or both."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes) else os.fsdecode(value or "")
+
+
+def captions_of(value: Any) -> tuple[Caption, ...]:
+    """One caption, a list of them, or none; as bytes, so that what is not UTF-8 is found out when they are cleaned."""
+    values = [each for each in (value if isinstance(value, list | tuple) else [value]) if each is not None]
+    return tuple(
+        Caption(each if isinstance(each, bytes) else str(each).encode("utf-8", "surrogatepass")) for each in values
+    )
+
+
+def _read_csv(table: Path) -> Table:
+    with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        reader = csv.DictReader(file)
+        return list(reader.fieldnames or []), list(reader)
+
+
+def _read_jsonl(table: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
+        try:
+            if line.strip():
+                rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"Line {number} of {table} is not a JSON object: {error}.") from error
+    return list(dict.fromkeys(name for row in rows for name in row)), rows
+
+
+def _read_parquet(table: Path) -> Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(table)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{table} is not a Parquet file: {error}.") from error
+    columns: list[str] = file.schema_arrow.names
+    wanted = [name for name in columns if name in IMAGE_COLUMNS + CAPTION_COLUMNS]
+
+    strings = [name for name in wanted if pa.types.is_string(file.schema_arrow.field(name).type)]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for batch in file.iter_batches(256, columns=wanted):
+            for name in strings:  # as bytes: one string that is not UTF-8 must not end the reading
+                index = batch.schema.get_field_index(name)
+                batch = batch.set_column(index, name, batch.column(index).cast(pa.binary()))
+            for row in batch.to_pylist():
+                yield row | {name: os.fsdecode(row[name] or b"") for name in strings if name in IMAGE_COLUMNS}
+
+    return columns, rows()
+
+
+READERS: dict[str, Callable[[Path], Table]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
