@@ -132,8 +132,8 @@ def load_autoencoder(
         )
     if missing := report["missing_keys"]:
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
-    model = model.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-    return Autoencoder(model, name=name, sha256=weights_sha256(weights))
+    model.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
+    return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
 
 
 def _at_once(pixels: int) -> int:
