@@ -311,7 +311,7 @@ class _Work:
         for resolution in self.info.resolutions:
             if raw and (name := layout.latents_file(resolution)) in files:
                 pixels = torch.from_numpy(np.stack([sample.crops[resolution] for sample in raw])).to(self.device)
-                found[name] = [self.encode_images(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)]
+                found[name] = [self.encode_images(pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1))]
         texts = [text for sample in raw for text in sample.texts]
         if (name := layout.text_file(self.text_name)) in files:
             starts = range(0, len(texts), self.batch_size)
