@@ -165,13 +165,9 @@ def store_info(
     from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
 
     latents = AutoencoderInfo(
-        name=autoencoder.name,
-        sha256=autoencoder.sha256,
-        scaling_factor=autoencoder.scaling_factor,
-        shift_factor=autoencoder.shift_factor,
-        channels=autoencoder.channels,
-        downscale=autoencoder.downscale,
-    )
+        autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
+        channels=autoencoder.channels, downscale=autoencoder.downscale,
+    )  # fmt: skip
     text = TextInfo(
         text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
     )

@@ -143,18 +143,13 @@ def _settle(out: Path, wanted: StoreInfo) -> tuple[StoreInfo, bool]:
     same = ("caption_rule", "seed", "rows_per_part", "dtypes", "posterior", "min_size", "max_aspect")
     settings = [(name, getattr(old, name), getattr(wanted, name)) for name in same]
     settings += [("autoencoder", replace(old.autoencoder, name=""), replace(wanted.autoencoder, name=""))]
-    settings += [
-        (f"text encoder '{name}'", old.text_encoders.get(name, text), text)
-        for name, text in wanted.text_encoders.items()
-    ]
+    texts = wanted.text_encoders.items()
+    settings += [(f"text encoder '{name}'", old.text_encoders.get(name, text), text) for name, text in texts]
     for name, before, now in settings:
         if before != now:
             raise UserError(f"The store {out} was made with another {name}: {before}, not {now}; use a new folder.")
-    info = replace(
-        old,
-        text_encoders={**old.text_encoders, **wanted.text_encoders},
-        resolutions=tuple(sorted({*old.resolutions, *wanted.resolutions})),
-    )
+    resolutions = tuple(sorted({*old.resolutions, *wanted.resolutions}))
+    info = replace(old, text_encoders={**old.text_encoders, **wanted.text_encoders}, resolutions=resolutions)
     return replace(info, complete=False), info == old and old.complete
 
 
