@@ -159,6 +159,8 @@ class LatentDiffusion(nn.Module):
         `noise` may be given instead. Raises UserError for an empty list of prompts and for unknown settings.
         """
         prompts = _prompts(prompt, tokenized_prompts)
+        if attention_mask is not None and tokenized_prompts is None:
+            raise UserError("attention_mask does nothing without tokenized_prompts; leave it out.")
         negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if negatives is not None and len(negatives) != len(prompts):
             raise UserError(

@@ -150,6 +150,7 @@ def test_parts_are_loaded_when_used(parts: tuple[str, str]) -> None:
     [
         ([], {}, "at least one prompt"),
         (None, {"tokenized_prompts": torch.zeros(0, 5, dtype=torch.long)}, "at least one prompt"),
+        (["a cat"], {"attention_mask": torch.ones(1, 5, dtype=torch.long)}, "does nothing without tokenized_prompts"),
         (["a"], {"sampler": "huen"}, "no sampler 'huen'; did you mean 'heun'"),
         (["a"], {"num_inference_steps": 0}, "0 sampling steps"),
         (["a"], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
