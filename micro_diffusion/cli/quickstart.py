@@ -39,7 +39,7 @@ class Quickstart:
     out: Annotated[Path, arg(metavar="FOLDER")] = Path("quickstart")
     """Folder for the store, the run, the pictures and report.html."""
     length: float = 1.0
-    """Length of training, as a multiple of the recipe's (about six minutes of two CPU cores)."""
+    """Length of training, as a multiple of the recipe's (about five minutes of two CPU cores)."""
     autoencoder: str = "embedded"
     """embedded, a folder in diffusers format, or a name on the hub."""
     device: str = "auto"
