@@ -43,7 +43,7 @@ def true_picture(record: Record) -> Image.Image:
 
 
 def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
-    """Every n-th drawing with its copies."""
+    """Every n-th run of records, as many as a drawing and its copies, as a store of its own."""
     torch.set_num_threads(1 if args.shards > 1 else torch.get_num_threads())
     device = pick_device(args.device)
     autoencoder, text_encoder = load_autoencoder(args.autoencoder, device=device), load_text_encoder(device=device)
@@ -52,7 +52,7 @@ def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
     mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
     prepare(
         mine, out, resolutions=(64, 128), encode_images=autoencoder.encode, encode_text=text_encoder.encode,
-        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"), batch_size=256,
+        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"), batch_size=256, workers=4, device=device,
     )  # fmt: skip
     print(f"{out} is prepared", flush=True)
 

@@ -224,7 +224,7 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         f'micro-diffusion generate --model {run} --template "{{}}, in {{}} style" --fill "a red apple|a cat" '
         '--fill "noto|twemoji"',
         "micro-diffusion prepare emoji --out emoji-store",
-        "micro-diffusion train emoji --store emoji-store --run emoji-run     # one GPU, about twenty minutes",
+        "micro-diffusion train emoji --store emoji-store --run emoji-run     # one GPU",
         "micro-diffusion prepare path/to/your/pictures --out my-store",
     ]
     grid = figure(
