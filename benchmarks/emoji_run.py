@@ -52,7 +52,8 @@ def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
     mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
     prepare(
         mine, out, resolutions=(64, 128), encode_images=autoencoder.encode, encode_text=text_encoder.encode,
-        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"), batch_size=256, workers=4, device=device,
+        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"),
+        batch_size=256, workers=4, device=device,
     )  # fmt: skip
     print(f"{out} is prepared", flush=True)
 

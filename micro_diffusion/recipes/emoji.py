@@ -47,7 +47,7 @@ def emoji() -> Recipe:
     """The whole training split on one GPU, sized for about twenty minutes of an H100 (not measured yet).
 
     Three quarters of the images are seen at 64 and 128 px with three quarters of the patches masked, as in the paper.
-    Command: micro-diffusion train --recipe emoji
+    Command: micro-diffusion train emoji --store STORE --run RUN
     """
     batch = 1024
     return Recipe(
