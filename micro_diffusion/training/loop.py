@@ -4,18 +4,16 @@ import contextlib
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.models.dit import DiT, conditioned
-from micro_diffusion.models.flops import forward_flops
 from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
 from micro_diffusion.training import checkpoint
@@ -23,7 +21,8 @@ from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import follow
 from micro_diffusion.training.feed import feed
 from micro_diffusion.training.hooks import Hook, Moment, Validation
-from micro_diffusion.training.optim import Step, guarded_step, learning_rate
+from micro_diffusion.training.meter import Meter
+from micro_diffusion.training.optim import guarded_step, learning_rate
 from micro_diffusion.training.stages import State, first_state, next_state
 
 logger = logging.getLogger(__name__)
@@ -119,51 +118,6 @@ def train(
             if state.stage + 1 == len(recipe.stages):
                 return state.shown
             state = next_state(recipe, state, downscale=downscale)
-
-
-class Meter:
-    """Loss, gradient norm and speed between two rows of the log; summed on the device, read once a row."""
-
-    def __init__(self, recipe: Recipe, *, downscale: int, device: torch.device) -> None:
-        self.recipe = recipe
-        models = [recipe.stage_model(stage, downscale=downscale) for stage in recipe.stages]
-        self.costs = [
-            forward_flops(model, mask_ratio=stage.mask_ratio, text_length=recipe.text_length or 16)
-            for model, stage in zip(models, recipe.stages, strict=True)
-        ]
-        self.device, self.started = device, time.monotonic()
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new row."""
-        self.sums = torch.zeros(3, device=self.device)
-        self.images, self.since = 0, time.monotonic()
-
-    def add(self, loss: Tensor, step: Step, *, images: int) -> None:
-        """Count a step; one that the guard skipped stays out of the means."""
-        values = torch.stack([loss, step.grad_norm, torch.ones_like(loss)])
-        self.sums += torch.where(step.taken, values, 0)
-        self.images += images
-
-    def row(self, state: State, rate: float) -> dict[str, Any]:
-        """The log's row; waits for the device. Means are None where every step was skipped."""
-        loss, norm, steps, skipped = [*self.sums.tolist(), int(state.skipped)]
-        now = time.monotonic()
-        speed = self.images / (now - self.since)
-        rest = [max(0, end - max(state.images, end - stage.images))
-                for stage, end in zip(self.recipe.stages, self.recipe.ends, strict=True)]  # fmt: skip
-        cost = sum(images * flops for images, flops in zip(rest, self.costs, strict=True))
-        return {
-            "images": state.images,
-            "stage": self.recipe.stages[state.stage].name,
-            "loss": loss / steps if steps else None,
-            "grad_norm": norm / steps if steps else None,
-            "learning_rate": rate,
-            "skipped": skipped,
-            "images_per_second": speed,
-            "seconds": now - self.started,
-            "seconds_left": cost / self.costs[state.stage] / speed,
-        }
 
 
 def _check_loaders(recipe: Recipe, loaders: Mapping[int, Loader], validation: Mapping[int, Loader] | None) -> None:
