@@ -16,7 +16,8 @@ EMBEDDED = "embedded"
 KINDS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 FILE = "diffusion_pytorch_model.safetensors"
 WEIGHTS = ((FILE,), ("diffusion_pytorch_model-*.safetensors", f"{FILE}.index.json"))
-PIXELS_AT_ONCE = 2**20  # bounds the memory of a call: 64 pictures at 128 px, 4 at 512 px
+PIXELS_AT_ONCE = {"cpu": 2**18}  # 16 pictures at 128 px: more leave the caches, and a picture takes 1.6 times as long
+MOST_PIXELS_AT_ONCE = 2**20  # elsewhere; bounds the memory of a call: 64 pictures at 128 px, 4 at 512 px
 TILE = 1024  # pixels of a side; a picture of more than TILE x TILE is decoded in tiles of that size at most
 
 
@@ -54,7 +55,7 @@ class Autoencoder(nn.Module):
         if images.shape[-1] % self.downscale or images.shape[-2] % self.downscale:
             raise ValueError(f"{tuple(images.shape[-2:])} pixels are not multiples of {self.downscale}")
         means, stds = [], []
-        for part in images.split(_at_once(images.shape[-2] * images.shape[-1])):
+        for part in images.split(_at_once(images.shape[-2] * images.shape[-1], images.device)):
             encoded = self.model.encode(part.to(self._like))
             posterior = getattr(encoded, "latent_dist", None)
             mean = encoded[0] if posterior is None else posterior.mean
@@ -71,7 +72,7 @@ class Autoencoder(nn.Module):
         pixels = z.shape[-2] * z.shape[-1] * self.downscale**2
         if pixels > TILE**2:
             return torch.cat([self._decode_tiles(part) for part in z.split(1)])
-        return torch.cat([self._decode(part) for part in z.split(_at_once(pixels))])
+        return torch.cat([self._decode(part) for part in z.split(_at_once(pixels, z.device))])
 
     def _decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         return (self.model.decode(z.to(self._like)).sample.float() / 2 + 0.5).clamp(0, 1)
@@ -133,11 +134,14 @@ def load_autoencoder(
     if missing := report["missing_keys"]:
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     model.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
+    for module in model.modules():
+        if isinstance(module, nn.SiLU):
+            module.inplace = True  # each follows a norm or a convolution; 1.3 times as fast for one picture on a CPU
     return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
 
 
-def _at_once(pixels: int) -> int:
-    return max(1, PIXELS_AT_ONCE // pixels)
+def _at_once(pixels: int, device: torch.device) -> int:
+    return max(1, PIXELS_AT_ONCE.get(device.type, MOST_PIXELS_AT_ONCE) // pixels)
 
 
 def _starts(length: int, size: int) -> Iterator[int]:
