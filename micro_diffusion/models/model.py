@@ -13,11 +13,10 @@ from micro_diffusion.diffusion.guidance import guided
 from micro_diffusion.diffusion.objectives import EDM, Flow, Network
 from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
-from micro_diffusion.models.checkpoints import ModelCard, Part
+from micro_diffusion.models.checkpoints import SDXL, ModelCard, Part, load_checkpoint
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.masking import TextFeatures, null_caption
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import SDXL, load_checkpoint
 from micro_diffusion.models.text_encoders import (
     DFN5B,
     TextEncoder,
