@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from micro_diffusion.diffusion.noise import flow_times, karras_sigmas, log_normal_sigma, logit_normal_time
-
 Latents = Float[Tensor, "b c h w"]
 Level = Float[Tensor, " b"]
 """Noise level of each image: sigma of EDM, time of flow matching."""
@@ -109,12 +107,15 @@ class EDM(Objective):
     p_std: float = 1.2
 
     def noise_level(self, normal: Level) -> Level:
-        """Sigma, log-normal."""
-        return log_normal_sigma(normal, mean=self.p_mean, std=self.p_std)
+        """Sigma with ln(sigma) ~ N(p_mean, p_std^2) (table 1)."""
+        return (self.p_mean + self.p_std * normal).exp()
 
     def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Sigmas from 80 to 0.002 and 0."""
-        return karras_sigmas(steps)
+        """Sigmas from 80 to 0.002, evenly in their seventh root, then 0 (equation 5); one step goes straight to 0."""
+        _check(steps)
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        top, bottom = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
+        return torch.cat([(top + ramp * (bottom - top)) ** 7, ramp.new_zeros(1)])
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Noise is added and the latents stay: 1."""
@@ -145,8 +146,8 @@ class EDM(Objective):
 class Flow(Objective):
     """Flow matching on straight paths (arXiv 2210.02747, 2209.03003): x = (1 - t) latents + t noise.
 
-    The network answers the velocity noise - latents. Training times are logit-normal; `shift` moves the sampling grid
-    towards noise. To shift the training times as much, add ln(shift) to `mean`.
+    The network answers the velocity noise - latents. To shift the training times as much as `shift` does the sampling
+    grid, add ln(shift) to `mean`.
     """
 
     mean: float = 0.0
@@ -154,12 +155,20 @@ class Flow(Objective):
     shift: float = 1.0
 
     def noise_level(self, normal: Level) -> Level:
-        """Time, logit-normal."""
-        return logit_normal_time(normal, mean=self.mean, std=self.std)
+        """Time with logit(t) ~ N(mean, std^2) (arXiv 2403.03206, equation 19)."""
+        return (self.mean + self.std * normal).sigmoid()
 
     def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Times from 1 to 0, shifted."""
-        return flow_times(steps, shift=self.shift)
+        """Times from 1 to 0; a shift above 1 spends more of them near noise.
+
+        t becomes shift t / (1 + (shift - 1) t) (arXiv 2403.03206, equation 23, where shift is sqrt(m / n)): the ratio
+        of noise to latents grows `shift` times.
+        """
+        _check(steps)
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, not {self.shift}")
+        time = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return self.shift * time / (self.shift * time + (1 - time))  # exactly 1 at 1
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """1 - t."""
@@ -181,6 +190,11 @@ class Flow(Objective):
 
     def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
         return x - _column(level) * output
+
+
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"sampling takes at least one step, not {steps}")
 
 
 def _column(level: Level) -> Float[Tensor, "b 1 1 1"]:
