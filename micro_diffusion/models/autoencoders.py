@@ -54,14 +54,13 @@ class Autoencoder(nn.Module):
         if images.shape[-1] % self.downscale or images.shape[-2] % self.downscale:
             raise ValueError(f"{tuple(images.shape[-2:])} pixels are not multiples of {self.downscale}")
         means, stds = [], []
-        for part in images.split(_at_once(images.shape[-2] * images.shape[-1])):
+        for part in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
             encoded = self.model.encode(part.to(self._like))
             posterior = getattr(encoded, "latent_dist", None)
-            mean = encoded[0] if posterior is None else posterior.mean
-            means.append((mean.float() - self.shift_factor) * self.scaling_factor)
-            stds.append(
-                torch.zeros_like(means[-1]) if posterior is None else posterior.std.float() * self.scaling_factor
-            )
+            mean = (encoded[0] if posterior is None else posterior.mean).float()
+            means.append((mean - self.shift_factor) * self.scaling_factor)
+            std = torch.zeros_like(mean) if posterior is None else posterior.std.float()
+            stds.append(std * self.scaling_factor)
         return LatentDistribution(torch.cat(means), torch.cat(stds))
 
     @torch.no_grad()
@@ -71,7 +70,7 @@ class Autoencoder(nn.Module):
         pixels = z.shape[-2] * z.shape[-1] * self.downscale**2
         if pixels > TILE**2:
             return torch.cat([self._decode_tiles(part) for part in z.split(1)])
-        return torch.cat([self._decode(part) for part in z.split(_at_once(pixels))])
+        return torch.cat([self._decode(part) for part in z.split(max(1, PIXELS_AT_ONCE // pixels))])
 
     def _decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         return (self.model.decode(z.to(self._like)).sample.float() / 2 + 0.5).clamp(0, 1)
@@ -89,13 +88,11 @@ class Autoencoder(nn.Module):
                     for n in tile.shape[-2:]
                 )
                 weight = rows[:, None] * columns
-                place = (
-                    ...,
-                    slice(top * factor, top * factor + len(rows)),
-                    slice(left * factor, left * factor + len(columns)),
+                down, right = (
+                    slice(at * factor, at * factor + n) for at, n in ((top, len(rows)), (left, len(columns)))
                 )
-                total[place] += tile * weight
-                weights[place] += weight
+                total[..., down, right] += tile * weight
+                weights[down, right] += weight
         return total / weights
 
     @property
@@ -134,10 +131,6 @@ def load_autoencoder(
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     model.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
-
-
-def _at_once(pixels: int) -> int:
-    return max(1, PIXELS_AT_ONCE // pixels)
 
 
 def _starts(length: int, size: int) -> Iterator[int]:

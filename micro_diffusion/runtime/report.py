@@ -52,12 +52,10 @@ def _text(words: str, width: int, colour: str = INK) -> Image.Image:
         with contextlib.suppress(OSError):
             font = ImageFont.truetype(name, FONT_SIZE)
             break
-    room = max(width // 3, 8)  # in characters: the largest number at which every line fits
-    while True:
+    for room in range(max(width // 3, 8), 7, -1):  # in characters: the largest number at which every line fits
         lines = textwrap.wrap(words, room, max_lines=MAX_LINES, placeholder=" ...") or [""]
-        if room <= 8 or all(font.getlength(line) <= width for line in lines):
+        if all(font.getlength(line) <= width for line in lines):
             break
-        room -= 1
     strip = Image.new("RGB", (width, math.ceil(len(lines) * LINE)), PAPER)
     for i, line in enumerate(lines):
         ImageDraw.Draw(strip).text((width / 2, i * LINE), line, fill=colour, font=font, anchor="ma")
@@ -146,14 +144,11 @@ class Axis(NamedTuple):
 
     def ticks(self) -> list[float]:
         """At most a handful of round values inside the range."""
+        round_values = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
         if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if len(powers) <= 3 else (1,)
-            marks = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
-            return marks if len(marks) > 1 else [self.low, self.high]
-        raw = (self.high - self.low) / 5
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
+            marks = [value for value in round_values if self.low <= value <= self.high]
+            return marks[:: 1 if len(marks) < 9 else 3] if len(marks) > 1 else [self.low, self.high]
+        step = next(value for value in round_values if 5 * value >= self.high - self.low)
         return [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
 
