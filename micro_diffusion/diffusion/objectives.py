@@ -118,7 +118,6 @@ class EDM(Objective):
         return torch.cat([(top + ramp * (bottom - top)) ** 7, ramp.new_zeros(1)])
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Noise is added and the latents stay: 1."""
         return torch.ones_like(level)
 
     def noise_label(self, level: Level) -> Level:
@@ -171,7 +170,6 @@ class Flow(Objective):
         return self.shift * time / (self.shift * time + (1 - time))  # exactly 1 at 1
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """1 - t."""
         return 1 - level
 
     def noise_label(self, level: Level) -> Level:
@@ -182,8 +180,7 @@ class Flow(Objective):
         return level.logit(eps=1e-3) / 4
 
     def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
-        """The velocity dx/dt, the same all along the path."""
-        return noise - latents
+        return noise - latents  # the velocity dx/dt, the same all along the path
 
     def _scaled(self, x: Latents, level: Level) -> Latents:
         return x

@@ -42,12 +42,10 @@ class MicroDiffusionPipeline(DiffusionPipeline):
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, on the transformer's device."""
         return self.model.vae
 
     @property
     def text_encoder(self) -> Any:
-        """The text encoder, on the transformer's device."""
         return self.model.text_encoder
 
     @torch.no_grad()

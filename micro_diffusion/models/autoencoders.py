@@ -54,7 +54,7 @@ class Autoencoder(nn.Module):
         if images.shape[-1] % self.downscale or images.shape[-2] % self.downscale:
             raise ValueError(f"{tuple(images.shape[-2:])} pixels are not multiples of {self.downscale}")
         means, stds = [], []
-        for part in images.split(max(1, PIXELS_AT_ONCE // images[0, 0].numel())):
+        for part in images.split(max(1, PIXELS_AT_ONCE // images.shape[-2:].numel())):
             encoded = self.model.encode(part.to(self._like))
             posterior = getattr(encoded, "latent_dist", None)
             mean = (encoded[0] if posterior is None else posterior.mean).float()
@@ -88,11 +88,9 @@ class Autoencoder(nn.Module):
                     for n in tile.shape[-2:]
                 )
                 weight = rows[:, None] * columns
-                down, right = (
-                    slice(at * factor, at * factor + n) for at, n in ((top, len(rows)), (left, len(columns)))
-                )
-                total[..., down, right] += tile * weight
-                weights[down, right] += weight
+                y, x = (slice(at * factor, at * factor + n) for at, n in ((top, len(rows)), (left, len(columns))))
+                total[..., y, x] += tile * weight
+                weights[y, x] += weight
         return total / weights
 
     @property

@@ -24,7 +24,6 @@ def swiglu_width(dim: int, ratio: float, multiple_of: int) -> int:
 
 
 def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
-    """Layer normalisation with weight, without bias."""
     return nn.LayerNorm(dim, eps=eps, bias=False)
 
 

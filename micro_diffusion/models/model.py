@@ -115,12 +115,10 @@ class LatentDiffusion(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The text encoder's."""
         return self.text_encoder.tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
         return next(self.dit.parameters()).device
 
     def encode_prompts(

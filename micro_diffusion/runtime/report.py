@@ -6,9 +6,11 @@ import html
 import io
 import itertools
 import math
+import string
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +20,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+import micro_diffusion.embedded
+
+TEMPLATE = Path(micro_diffusion.embedded.__path__[0], "report.html")
 PAPER, INK, FAINT = "#ffffff", "#1f2430", "#6b7280"
 GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 10, 12, 15.6, 4, 300
 COLOURS = ("#2f6fde", "#e0632f", "#2a9d63", "#a855c7", "#c99a00", "#d6457f")
@@ -224,7 +229,6 @@ def curve_svg(
 
 
 def paragraph(text: str) -> str:
-    """Plain text as one paragraph."""
     return f"<p>{html.escape(text)}</p>"
 
 
@@ -251,27 +255,8 @@ def commands(lines: Sequence[str]) -> str:
     return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
 
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1f2430;--faint:#5d6473;--line:#e2e5eb;--soft:#f5f6f9}
-@media(prefers-color-scheme:dark){:root{--paper:#171a21;--ink:#e4e7ee;--faint:#a3abba;--line:#2e3440;--soft:#20242d}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.6 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:2.5rem 1.25rem 4rem}h1{font-size:2rem;line-height:1.2;margin:0 0 .5rem}
-h2{font-size:1.25rem;margin:2.5rem 0 .5rem;padding-top:1.25rem;border-top:1px solid var(--line)}
-p{max-width:46rem}.lead{font-size:1.125rem;color:var(--faint)}figure{margin:1rem 0}.wide{overflow-x:auto}
-img,.curve{max-width:100%;height:auto;display:block;border:1px solid var(--line);border-radius:8px}
-figcaption{font-size:.875rem;color:var(--faint);margin-top:.5rem}table{border-collapse:collapse;font-size:.9375rem}
-th,td{text-align:left;vertical-align:top;padding:.35rem 1.25rem .35rem 0;border-bottom:1px solid var(--line)}
-th{font-weight:500;color:var(--faint)}td{font-variant-numeric:tabular-nums}
-pre{background:var(--soft);border:1px solid var(--line);border-radius:8px;padding:1rem;overflow-x:auto;font-size:14px}
-"""
-
-
 def html_page(title: str, lead: str, sections: Mapping[str, str]) -> str:
     """One self-contained page, light or dark as the reader's system is; headings with their bodies, already HTML."""
     body = "\n".join(f"<section><h2>{html.escape(name)}</h2>\n{text}</section>" for name, text in sections.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="lead">{html.escape(lead)}</p>\n{body}\n</main>\n</body>\n</html>\n'
-    )
+    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=html.escape(title), lead=html.escape(lead), body=body)
