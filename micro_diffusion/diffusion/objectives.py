@@ -4,7 +4,6 @@ Both mix clean latents and unit noise along a straight line, `x = alpha * latent
 and hooks treat them alike. All runs in the dtype of the latents (float32); only the network may run in less.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,36 +35,16 @@ Network = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Prediction]
 """Called with its scaled input and the noise label; caption, mask and precision are already fixed."""
 
 
-class Objective(ABC):
-    """What `EDM` and `Flow` share."""
+class Objective:
+    """What `EDM` and `Flow` share; each of them gives the functions that are only declared here."""
 
-    @abstractmethod
-    def noise_level(self, normal: Level) -> Level:
-        """Training noise levels from standard normal draws."""
-
-    @abstractmethod
-    def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Sampling grid of `steps + 1` levels from pure noise to 0, float64."""
-
-    @abstractmethod
-    def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Share of the clean latents in the noised ones."""
-
-    @abstractmethod
-    def noise_label(self, level: Level) -> Level:
-        """The noise level as the network is told it."""
-
-    @abstractmethod
-    def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
-        """What the network should answer."""
-
-    @abstractmethod
-    def _scaled(self, x: Latents, level: Level) -> Latents:
-        """Noised latents as the network sees them."""
-
-    @abstractmethod
-    def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
-        """The clean latents that the network's answer stands for."""
+    noise_level: Callable[[Level], Level]  # for training, from standard normal draws
+    levels: Callable[[int], Float[Tensor, " levels"]]  # for sampling: steps + 1, from pure noise to 0, in float64
+    alpha: Callable[[Level], Level]  # share of the clean latents in the noised ones
+    noise_label: Callable[[Level], Level]  # the noise level as the network is told it
+    target: Callable[[Latents, Level, Latents], Latents]  # of latents, level and noise: what the network should answer
+    _scaled: Callable[[Latents, Level], Latents]  # noised latents as the network sees them
+    _clean: Callable[[Latents, Latents, Level], Latents]  # the latents that its answer to x at a level stands for
 
     def start(self, noise: Latents) -> Latents:
         """Where sampling starts: unit noise brought to the first level."""

@@ -87,10 +87,6 @@ A text-to-image diffusion transformer (MicroDiT, arXiv 2407.15811): {parameters 
     pipeline = MicroDiffusionPipeline.from_pretrained("FOLDER").to("cuda")
     pipeline("An elegant squirrel pirate on a ship", guidance_scale=5.0).images[0].save("squirrel.png")
 
-Encoders, loaded by name at their first use and not part of this folder; each has a licence of its own:
-
-| part | name |
-|---|---|
-| autoencoder | {card.autoencoder.name} |
-| text encoder | {card.text_encoder.name} |
+The autoencoder ({card.autoencoder.name}) and the text encoder ({card.text_encoder.name}) are
+loaded by name at their first use and not part of this folder; each has a licence of its own.
 """
