@@ -137,11 +137,14 @@ def read_checkpoint(
         if beside.is_file() and FORMAT in (text := beside.read_text(encoding="utf-8")):
             card = ModelCard.from_json(text)
         else:
-            card = _card(weights, path, autoencoder=autoencoder, text_encoder=text_encoder)
+            card = _card(weights, path)
     if autoencoder:
         card = replace(card, autoencoder=Part(autoencoder, None))
     if text_encoder:
         card = replace(card, text_encoder=Part(text_encoder, None))
+    if not (card.autoencoder.name and card.text_encoder.name):
+        sizes = f"{card.dit.in_channels} latent channels and text {card.dit.caption_channels} wide"
+        raise UserError(f"{path} has {sizes}: name its --autoencoder and --text-encoder.")
     return weights, card
 
 
@@ -239,21 +242,16 @@ def _transformer(content: Any, path: Path) -> dict[str, Tensor]:
     }
 
 
-def _card(weights: Mapping[str, Tensor], path: Path, *, autoencoder: str | None, text_encoder: str | None) -> ModelCard:
-    """What the paper's models have in common, at the sizes that the shapes tell."""
+def _card(weights: Mapping[str, Tensor], path: Path) -> ModelCard:
+    """What the paper's models have in common, at the sizes that the shapes tell; other parts have no name."""
     config = config_from_shapes(weights, where=str(path))
-    width, channels = config.caption_channels, config.in_channels
-    if not (text_encoder or width in TEXT_ENCODERS) or not (autoencoder or channels in AUTOENCODERS):
-        raise UserError(
-            f"{path} has {channels} latent channels and text {width} wide: name its --autoencoder and --text-encoder."
-        )
-    name, length = TEXT_ENCODERS.get(width, (text_encoder or "", None))
+    text_encoder, length = TEXT_ENCODERS.get(config.caption_channels, ("", None))
     fine = config.pos_interp_scale > 1  # the paper's stages at 512 px
     return ModelCard(
         dit=config,
         objective=EDM(p_mean=0.0, p_std=0.6) if fine else EDM(),
-        autoencoder=Part(autoencoder or AUTOENCODERS[channels], None),
-        text_encoder=Part(text_encoder or name, None),
+        autoencoder=Part(AUTOENCODERS.get(config.in_channels, ""), None),
+        text_encoder=Part(text_encoder, None),
         resolution=config.latent_size[0] * 8,
         images_seen=0,
         recipe=path.stem,
