@@ -117,11 +117,8 @@ class TextEncoder(nn.Module):
         device = next(self.model.parameters()).device
         ids = captions.reshape(-1, captions.shape[-1]).to(device)
         given = torch.ones_like(ids) if attention_mask is None else attention_mask.reshape(ids.shape).to(device)
-        states = self._states(ids, given).float()
-        if self.text_mask_policy == "none":
-            return TextFeatures(states, torch.ones_like(ids, dtype=torch.bool))
-        mask = given.bool()
-        return TextFeatures(states * mask[..., None], mask)
+        mask = given.bool() if self.text_mask_policy == "padding" else torch.ones_like(ids, dtype=torch.bool)
+        return TextFeatures(self._states(ids, given).float() * mask[..., None], mask)
 
     def _states(self, ids: Int[Tensor, "b l"], mask: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         if self.name.startswith(openclip.PREFIX):
@@ -178,8 +175,7 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
         library = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         kind = getattr(transformers, TEXT_CLASSES.get(family, "AutoModel"))
         model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if "pooler." not in key]  # poolers are not used
-    if missing:
+    if missing := [key for key in report["missing_keys"] if "pooler." not in key]:  # poolers are not used
         raise UserError(f"The text encoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     text = config.get_text_config()
     longest = min(library.model_max_length, getattr(text, "max_position_embeddings", None) or library.model_max_length)
