@@ -132,7 +132,7 @@ def read_checkpoint(
     if path.is_dir():
         weights, card = _read_folder(path)
     else:
-        weights = _transformer(_read_safetensors(path) if path.suffix == ".safetensors" else load_pickle(path), path)
+        weights = _read_tensors(path)
         beside = path.with_suffix(".json")
         if beside.is_file() and FORMAT in (text := beside.read_text(encoding="utf-8")):
             card = ModelCard.from_json(text)
@@ -218,18 +218,15 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
         if card is None:
             raise UserError(foreign)
         text = json.dumps(card)
-    return _transformer(_read_safetensors(weights), weights), ModelCard.from_json(text)
+    return _read_tensors(weights), ModelCard.from_json(text)
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The transformer's tensors in a file of any kind, official or Composer's; UserError if it is damaged."""
     try:
-        return load_file(path)
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}); copy it again.") from error
-
-
-def _transformer(content: Any, path: Path) -> dict[str, Tensor]:
-    """The transformer's tensors in what an official file or one of Composer's holds."""
     if isinstance(content, dict) and isinstance(content.get("state"), dict):
         content = content["state"].get("model")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
