@@ -147,7 +147,7 @@ def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
 
     records = list(source.records())
     squares = [Image.fromarray(resize_crop(decode_image(record), RESOLUTION)) for record in records]
-    return [str(record.captions[0].text) for record in records], squares
+    return [record.captions[0].text for record in records], squares
 
 
 def draw(model: Path, captions: Sequence[str], *, device: str) -> "list[Image.Image]":
@@ -192,14 +192,9 @@ def machine(device: str) -> dict[str, str]:
     chosen = pick_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{platform.machine()} {chosen.type}"
     cores = f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"
+    system = f"{platform.system()}, Python {platform.python_version()}"
     versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
-    return {
-        "device": name,
-        "cores": cores,
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **versions,
-    }
+    return {"device": name, "cores": cores, "system": system, **versions}
 
 
 def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Image.Image | str]", *, run: Path) -> str:
