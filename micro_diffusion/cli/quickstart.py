@@ -147,7 +147,7 @@ def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
 
     records = list(source.records())
     squares = [Image.fromarray(resize_crop(decode_image(record), RESOLUTION)) for record in records]
-    return [record.captions[0].text for record in records], squares
+    return [str(record.captions[0].text) for record in records], squares
 
 
 def draw(model: Path, captions: Sequence[str], *, device: str) -> "list[Image.Image]":
