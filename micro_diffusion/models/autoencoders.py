@@ -54,7 +54,7 @@ class Autoencoder(nn.Module):
         if images.shape[-1] % self.downscale or images.shape[-2] % self.downscale:
             raise ValueError(f"{tuple(images.shape[-2:])} pixels are not multiples of {self.downscale}")
         means, stds = [], []
-        for part in images.split(max(1, PIXELS_AT_ONCE // images.shape[-2:].numel())):
+        for part in images.split(_at_once(images.shape[-2] * images.shape[-1])):
             encoded = self.model.encode(part.to(self._like))
             posterior = getattr(encoded, "latent_dist", None)
             mean = (encoded[0] if posterior is None else posterior.mean).float()
@@ -70,7 +70,7 @@ class Autoencoder(nn.Module):
         pixels = z.shape[-2] * z.shape[-1] * self.downscale**2
         if pixels > TILE**2:
             return torch.cat([self._decode_tiles(part) for part in z.split(1)])
-        return torch.cat([self._decode(part) for part in z.split(max(1, PIXELS_AT_ONCE // pixels))])
+        return torch.cat([self._decode(part) for part in z.split(_at_once(pixels))])
 
     def _decode(self, z: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 height width"]:
         return (self.model.decode(z.to(self._like)).sample.float() / 2 + 0.5).clamp(0, 1)
@@ -129,6 +129,10 @@ def load_autoencoder(
         raise UserError(f"The autoencoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     model.to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
     return Autoencoder(model, name=name, sha256=weights_sha256(weights)).to(device=device, dtype=dtype)
+
+
+def _at_once(pixels: int) -> int:
+    return max(1, PIXELS_AT_ONCE // pixels)
 
 
 def _starts(length: int, size: int) -> Iterator[int]:
