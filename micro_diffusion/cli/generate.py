@@ -1,10 +1,9 @@
 """`micro-diffusion generate`: prompts become PNG files and a grid."""
 
-import contextlib
 import itertools
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -15,6 +14,7 @@ from micro_diffusion.runtime.files import UserError, write_atomic
 
 if TYPE_CHECKING:
     from PIL import Image
+    from rich.progress import Progress
 
     from micro_diffusion.models.model import LatentDiffusion
 
@@ -67,6 +67,9 @@ class Generate:
         prompts = self.all_prompts(fills)
         if self.steps < 1 or self.per_prompt < 1 or self.batch_size < 1:
             raise UserError("--steps, --per-prompt and --batch-size must be at least 1.")
+        from rich.console import Console
+        from rich.progress import Progress
+
         from micro_diffusion.models.model import LatentDiffusion
         from micro_diffusion.runtime.device import pick_device
         from micro_diffusion.runtime.report import grid, png_bytes, table_grid
@@ -79,8 +82,9 @@ class Generate:
             model.dit.compile()
         self.out.mkdir(parents=True, exist_ok=True)
         shown: list[Image.Image] = []
-        with progress(len(prompts) * self.per_prompt * self.steps) as advance:
-            for number, (prompt, seed, picture) in enumerate(self.draw(model, prompts, advance), 1):
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+            for number, (prompt, seed, picture) in enumerate(self.draw(model, prompts, bar), 1):
                 notes = {"prompt": prompt, "seed": str(seed), "settings": self.settings}
                 write_atomic(self.out / file_name(number, prompt), png_bytes(picture, notes))
                 shown += [picture] if len(shown) < GRID_LIMIT else []
@@ -94,21 +98,22 @@ class Generate:
         print(f"{len(prompts) * self.per_prompt} pictures and grid.png are in {self.out}")
 
     def draw(
-        self, model: "LatentDiffusion", prompts: Sequence[str], advance: Callable[[int], None]
+        self, model: "LatentDiffusion", prompts: Sequence[str], bar: "Progress"
     ) -> "Iterator[tuple[str, int, Image.Image]]":
         """Prompt, seed and picture, in order; a picture does not depend on what is drawn with it.
 
-        `advance` is called with the pictures of each sampling step.
+        The bar counts the sampling steps of all pictures.
         """
         import torch
 
         from micro_diffusion.runtime.report import pictures
 
         def on_step(step: int, level: float, state: torch.Tensor) -> torch.Tensor:
-            advance(len(state))
+            bar.advance(task, len(state))
             return state
 
         wanted = [(prompt, self.seed + copy) for prompt in prompts for copy in range(self.per_prompt)]
+        task = bar.add_task("drawing", total=len(wanted) * self.steps)
         for start in range(0, len(wanted), self.batch_size):
             some, seeds = zip(*wanted[start : start + self.batch_size], strict=True)
             try:
@@ -147,18 +152,6 @@ class Generate:
         if not prompts:
             raise UserError("There is nothing to draw: give a prompt, --prompts-file or --template with --fill.")
         return prompts
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar of sampling steps, all pictures taken together; shown on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("drawing", total=total)
-        yield lambda steps: bar.advance(task, steps)
 
 
 def file_name(number: int, prompt: str) -> str:

@@ -93,10 +93,15 @@ class Quickstart:
             write_atomic(self.out / name, picture if isinstance(picture, str) else png_bytes(picture))
         write_atomic(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         write_atomic(self.out / "report.html", page(recipe, results, figures, run=run))
-        print(
-            f"{results['nearest_is_own']:.0%} of the {len(captions)} pictures are nearest to their own true picture; "
-            f"median PSNR {results['median_psnr_db']:.1f} dB. See {self.out / 'report.html'}"
-        )
+        print(f"{verdict(results)} See {self.out / 'report.html'}")
+
+
+def verdict(results: Mapping[str, Any]) -> str:
+    """How well the pictures were learnt, in a sentence."""
+    return (
+        f"{results['nearest_is_own']:.0%} of the {results['pictures']} pictures are nearest to their own true picture; "
+        f"median PSNR {results['median_psnr_db']:.1f} dB."
+    )
 
 
 def loss_curve(recipe: "Recipe", log: Sequence[Mapping[str, Any]]) -> str:
@@ -113,7 +118,6 @@ def loss_curve(recipe: "Recipe", log: Sequence[Mapping[str, Any]]) -> str:
 
 def scaled(recipe: "Recipe", length: float) -> "Recipe":
     """The recipe with every stage, warm-up and interval `length` times as long, in whole batches."""
-
     from micro_diffusion.training.config import INTERVALS
 
     def times(images: int, batch: int) -> int:
@@ -187,39 +191,30 @@ def machine(device: str) -> dict[str, str]:
 
     chosen = pick_device(device)
     name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{platform.machine()} {chosen.type}"
-    packages = ("torch", "diffusers", "transformers")
-    return {
-        "device": name,
-        "cores": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-    }
+    cores = f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"
+    system = f"{platform.system()}, Python {platform.python_version()}"
+    versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
+    return {"device": name, "cores": cores, "system": system, **versions}
 
 
 def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Image.Image | str]", *, run: Path) -> str:
     """report.html."""
     from micro_diffusion.runtime.report import commands, facts, figure, html_page, paragraph
 
-    count, model = results["pictures"], recipe.model
-    minutes = sum(results["seconds"].values()) / 60
-    lead = (
-        f"A diffusion transformer, trained from scratch on {count} drawings through the four stages of MicroDiT. "
-        f"{results['nearest_is_own']:.0%} of its pictures are nearest to their own true picture among all {count}; "
-        f"median PSNR {results['median_psnr_db']:.1f} dB."
-    )
+    model, minutes = recipe.model, sum(results["seconds"].values()) / 60
+    lead = "A diffusion transformer, trained from scratch on drawings through the four stages of MicroDiT. "
     settings = {
-        "model": f"{model.depth} blocks, {model.dim} wide, patches of {model.patch_size} x {model.patch_size} latents"
+        "model": f"{model.depth} blocks, {model.dim} wide, patches of {model.patch_size} x {model.patch_size} latents",
+        "sampling": f"{STEPS} Heun steps, guidance {GUIDANCE:g}, seed {SEED}",
+        "autoencoder, text encoder": f"{recipe.autoencoder}, {recipe.text_encoder}",
     }
     for number, stage in enumerate(recipe.stages, 1):
         settings[f"stage {number}: {stage.name}"] = (
             f"{stage.images:,} images, {stage.mask_ratio:.0%} of the patches dropped, "
             f"batch {stage.batch_size}, learning rate {stage.learning_rate:g}"
         )
-    settings["sampling"] = f"{STEPS} Heun steps, guidance {GUIDANCE:g}, seed {SEED}"
-    settings["autoencoder, text encoder"] = f"{recipe.autoencoder}, {recipe.text_encoder}"
-    times = {f"seconds to {name}": value for name, value in results["seconds"].items()}
-    memory = {"peak memory": f"{results['peak_memory_gb']} GB"}
+    used = {f"seconds to {name}": value for name, value in results["seconds"].items()}
+    used |= {"peak memory": f"{results['peak_memory_gb']} GB", **results["machine"]}
     go_on = [
         f'micro-diffusion generate --model {run} --template "{{}}, in {{}} style" --fill "a red apple|a cat" '
         '--fill "noto|twemoji"',
@@ -229,7 +224,7 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
     ]
     grid = figure(
         figures["grid.png"],
-        alt=f"{count} pairs of a drawn and a true picture, with the prompt under each pair",
+        alt="Pairs of a drawn and a true picture, with the prompt under each pair",
         caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
     )
     stages = figure(
@@ -242,7 +237,7 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         "What each stage could draw": stages,
         "Loss": figure(figures["loss.svg"], alt="Training loss over images seen", caption=WITHIN),
         "Settings": facts(settings),
-        f"Time and machine: {minutes:.1f} minutes": facts({**times, **memory, **results["machine"]}),
+        f"Time and machine: {minutes:.1f} minutes": facts(used),
         "Go on from here": commands(go_on),
     }
-    return html_page("A text-to-image model in minutes", lead, sections)
+    return html_page("A text-to-image model in minutes", lead + verdict(results), sections)

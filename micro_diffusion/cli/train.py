@@ -98,7 +98,7 @@ def fine_tuning(
     keeps all that in its own recipe and checkpoints: then the weights are None, and `name` need not exist any more.
     """
     from micro_diffusion.diffusion.objectives import EDM
-    from micro_diffusion.models.released import hash_tensors, load_checkpoint
+    from micro_diffusion.models.checkpoints import hash_tensors, load_checkpoint
     from micro_diffusion.training.checkpoint import latest
     from micro_diffusion.training.config import Recipe
 

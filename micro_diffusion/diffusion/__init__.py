@@ -1,1 +1,1 @@
-"""The mathematics: noise, objectives, samplers, guidance. Functions of tensors, no modules."""
+"""The mathematics: objectives, samplers, guidance. Functions of tensors, no modules."""

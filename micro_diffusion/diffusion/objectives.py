@@ -4,7 +4,6 @@ Both mix clean latents and unit noise along a straight line, `x = alpha * latent
 and hooks treat them alike. All runs in the dtype of the latents (float32); only the network may run in less.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,8 +11,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-
-from micro_diffusion.diffusion.noise import flow_times, karras_sigmas, log_normal_sigma, logit_normal_time
 
 Latents = Float[Tensor, "b c h w"]
 Level = Float[Tensor, " b"]
@@ -38,36 +35,16 @@ Network = Callable[[Float[Tensor, "b c h w"], Float[Tensor, " b"]], Prediction]
 """Called with its scaled input and the noise label; caption, mask and precision are already fixed."""
 
 
-class Objective(ABC):
-    """What `EDM` and `Flow` share."""
+class Objective:
+    """What `EDM` and `Flow` share; each of them gives the functions that are only declared here."""
 
-    @abstractmethod
-    def noise_level(self, normal: Level) -> Level:
-        """Training noise levels from standard normal draws."""
-
-    @abstractmethod
-    def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Sampling grid of `steps + 1` levels from pure noise to 0, float64."""
-
-    @abstractmethod
-    def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Share of the clean latents in the noised ones."""
-
-    @abstractmethod
-    def noise_label(self, level: Level) -> Level:
-        """The noise level as the network is told it."""
-
-    @abstractmethod
-    def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
-        """What the network should answer."""
-
-    @abstractmethod
-    def _scaled(self, x: Latents, level: Level) -> Latents:
-        """Noised latents as the network sees them."""
-
-    @abstractmethod
-    def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
-        """The clean latents that the network's answer stands for."""
+    noise_level: Callable[[Level], Level]  # for training, from standard normal draws
+    levels: Callable[[int], Float[Tensor, " levels"]]  # for sampling: steps + 1, from pure noise to 0, in float64
+    alpha: Callable[[Level], Level]  # share of the clean latents in the noised ones
+    noise_label: Callable[[Level], Level]  # the noise level as the network is told it
+    target: Callable[[Latents, Level, Latents], Latents]  # of latents, level and noise: what the network should answer
+    _scaled: Callable[[Latents, Level], Latents]  # noised latents as the network sees them
+    _clean: Callable[[Latents, Latents, Level], Latents]  # the latents that its answer to x at a level stands for
 
     def start(self, noise: Latents) -> Latents:
         """Where sampling starts: unit noise brought to the first level."""
@@ -109,15 +86,17 @@ class EDM(Objective):
     p_std: float = 1.2
 
     def noise_level(self, normal: Level) -> Level:
-        """Sigma, log-normal."""
-        return log_normal_sigma(normal, mean=self.p_mean, std=self.p_std)
+        """Sigma with ln(sigma) ~ N(p_mean, p_std^2) (table 1)."""
+        return (self.p_mean + self.p_std * normal).exp()
 
     def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Sigmas from 80 to 0.002 and 0."""
-        return karras_sigmas(steps)
+        """Sigmas from 80 to 0.002, evenly in their seventh root, then 0 (equation 5); one step goes straight to 0."""
+        _check(steps)
+        ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+        top, bottom = 80.0 ** (1 / 7), 0.002 ** (1 / 7)
+        return torch.cat([(top + ramp * (bottom - top)) ** 7, ramp.new_zeros(1)])
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Noise is added and the latents stay: 1."""
         return torch.ones_like(level)
 
     def noise_label(self, level: Level) -> Level:
@@ -145,8 +124,8 @@ class EDM(Objective):
 class Flow(Objective):
     """Flow matching on straight paths (arXiv 2210.02747, 2209.03003): x = (1 - t) latents + t noise.
 
-    The network answers the velocity noise - latents. Training times are logit-normal; `shift` moves the sampling grid
-    towards noise. To shift the training times as much, add ln(shift) to `mean`.
+    The network answers the velocity noise - latents. To shift the training times as much as `shift` does the sampling
+    grid, add ln(shift) to `mean`.
     """
 
     mean: float = 0.0
@@ -154,15 +133,22 @@ class Flow(Objective):
     shift: float = 1.0
 
     def noise_level(self, normal: Level) -> Level:
-        """Time, logit-normal."""
-        return logit_normal_time(normal, mean=self.mean, std=self.std)
+        """Time with logit(t) ~ N(mean, std^2) (arXiv 2403.03206, equation 19)."""
+        return (self.mean + self.std * normal).sigmoid()
 
     def levels(self, steps: int) -> Float[Tensor, " levels"]:
-        """Times from 1 to 0, shifted."""
-        return flow_times(steps, shift=self.shift)
+        """Times from 1 to 0; a shift above 1 spends more of them near noise.
+
+        t becomes shift t / (1 + (shift - 1) t) (arXiv 2403.03206, equation 23, where shift is sqrt(m / n)): the ratio
+        of noise to latents grows `shift` times.
+        """
+        _check(steps)
+        if self.shift <= 0:
+            raise ValueError(f"shift must be positive, not {self.shift}")
+        time = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+        return self.shift * time / (self.shift * time + (1 - time))  # exactly 1 at 1
 
     def alpha(self, level: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """1 - t."""
         return 1 - level
 
     def noise_label(self, level: Level) -> Level:
@@ -173,14 +159,18 @@ class Flow(Objective):
         return level.logit(eps=1e-3) / 4
 
     def target(self, latents: Latents, level: Level, noise: Latents) -> Latents:
-        """The velocity dx/dt, the same all along the path."""
-        return noise - latents
+        return noise - latents  # the velocity dx/dt, the same all along the path
 
     def _scaled(self, x: Latents, level: Level) -> Latents:
         return x
 
     def _clean(self, output: Latents, x: Latents, level: Level) -> Latents:
         return x - _column(level) * output
+
+
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"sampling takes at least one step, not {steps}")
 
 
 def _column(level: Level) -> Float[Tensor, "b 1 1 1"]:

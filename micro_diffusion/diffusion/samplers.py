@@ -1,12 +1,12 @@
 """Samplers: from noise to latents down a grid of noise levels, without added noise on the way.
 
+A sampler goes from `x` at the first level to the last one; all but the network's work is done in float64.
 For both objectives x moves along dx/dt = (x - D(x; t)) / t, with t the noise level (sigma of EDM, arXiv 2206.00364,
 equations 1 and 3; time of flow matching), so one step of any sampler serves both.
 """
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -24,17 +24,8 @@ small part of D, and float32 would lose digits that guidance and division by the
 Alpha = Callable[[Levels], Levels]
 """Share of the clean latents at each noise level: an objective's `alpha`."""
 
-
 OnStep = Callable[[int, float, Latents], Latents]
 """Called after each step with its number, the level it came from and the state; returns the state to go on with."""
-
-
-class Sampler(Protocol):
-    """From `x` at the first level to the last one; all but the network's work is done in float64."""
-
-    def __call__(
-        self, denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None
-    ) -> Latents: ...
 
 
 def euler(denoise: Denoiser, x: Latents, levels: Levels, *, alpha: Alpha, on_step: OnStep | None = None) -> Latents:
@@ -90,4 +81,4 @@ def _evaluate(denoise: Denoiser, state: Latents, level: float) -> Latents:
     return denoise(state, torch.full((len(state),), level, dtype=state.dtype, device=state.device)).to(state.dtype)
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}

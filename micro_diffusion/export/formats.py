@@ -8,8 +8,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from micro_diffusion.models.checkpoints import ModelCard, build, write_folder
-from micro_diffusion.models.released import PIPELINE_WEIGHTS, read_checkpoint
+from micro_diffusion.models.checkpoints import (
+    PIPELINE_CONFIG,
+    PIPELINE_WEIGHTS,
+    ModelCard,
+    build,
+    read_checkpoint,
+    write_folder,
+)
 from micro_diffusion.runtime.files import UserError, atomic_file, atomic_folder, write_atomic
 from micro_diffusion.runtime.parse import choose
 
@@ -50,7 +56,7 @@ def write_diffusers(out: Path, weights: Weights, *, card: ModelCard) -> None:
         (temporary / "transformer").mkdir()
         tensors = {f"dit.{name}": tensor for name, tensor in weights.items()}
         save_file(tensors, temporary / PIPELINE_WEIGHTS, metadata={"format": "pt"})
-        (temporary / "transformer" / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (temporary / PIPELINE_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(model_card(card, parameters=sum(t.numel() for t in weights.values())))
 
@@ -81,10 +87,6 @@ A text-to-image diffusion transformer (MicroDiT, arXiv 2407.15811): {parameters 
     pipeline = MicroDiffusionPipeline.from_pretrained("FOLDER").to("cuda")
     pipeline("An elegant squirrel pirate on a ship", guidance_scale=5.0).images[0].save("squirrel.png")
 
-Encoders, loaded by name at their first use and not part of this folder; each has a licence of its own:
-
-| part | name |
-|---|---|
-| autoencoder | {card.autoencoder.name} |
-| text encoder | {card.text_encoder.name} |
+The autoencoder ({card.autoencoder.name}) and the text encoder ({card.text_encoder.name}) are
+loaded by name at their first use and not part of this folder; each has a licence of its own.
 """

@@ -42,12 +42,10 @@ class MicroDiffusionPipeline(DiffusionPipeline):
 
     @property
     def vae(self) -> Any:
-        """The autoencoder, on the transformer's device."""
         return self.model.vae
 
     @property
     def text_encoder(self) -> Any:
-        """The text encoder, on the transformer's device."""
         return self.model.text_encoder
 
     @torch.no_grad()
@@ -103,9 +101,5 @@ class MicroDiffusionPipeline(DiffusionPipeline):
                 guidance_interval=guidance_interval, sampler=sampler, noise=noise, batch_size=max(1, count),
                 return_only_latents=output_type == "latent", on_step=on_step,
             )  # fmt: skip
-        images: Any = pictures
-        if output_type in ("np", "pil"):
-            images = VaeImageProcessor.pt_to_numpy(pictures)
-        if output_type == "pil":
-            images = VaeImageProcessor.numpy_to_pil(images)
+        images: Any = VaeImageProcessor(do_normalize=False).postprocess(pictures, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

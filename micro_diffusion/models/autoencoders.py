@@ -58,11 +58,10 @@ class Autoencoder(nn.Module):
         for part in images.split(_at_once(images.shape[-2] * images.shape[-1], images.device)):
             encoded = self.model.encode(part.to(self._like))
             posterior = getattr(encoded, "latent_dist", None)
-            mean = encoded[0] if posterior is None else posterior.mean
-            means.append((mean.float() - self.shift_factor) * self.scaling_factor)
-            stds.append(
-                torch.zeros_like(means[-1]) if posterior is None else posterior.std.float() * self.scaling_factor
-            )
+            mean = (encoded[0] if posterior is None else posterior.mean).float()
+            means.append((mean - self.shift_factor) * self.scaling_factor)
+            std = torch.zeros_like(mean) if posterior is None else posterior.std.float()
+            stds.append(std * self.scaling_factor)
         return LatentDistribution(torch.cat(means), torch.cat(stds))
 
     @torch.no_grad()
@@ -90,13 +89,9 @@ class Autoencoder(nn.Module):
                     for n in tile.shape[-2:]
                 )
                 weight = rows[:, None] * columns
-                place = (
-                    ...,
-                    slice(top * factor, top * factor + len(rows)),
-                    slice(left * factor, left * factor + len(columns)),
-                )
-                total[place] += tile * weight
-                weights[place] += weight
+                y, x = (slice(at * factor, at * factor + n) for at, n in ((top, len(rows)), (left, len(columns))))
+                total[..., y, x] += tile * weight
+                weights[y, x] += weight
         return total / weights
 
     @property

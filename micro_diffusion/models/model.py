@@ -13,11 +13,10 @@ from micro_diffusion.diffusion.guidance import guided
 from micro_diffusion.diffusion.objectives import EDM, Flow, Network
 from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
-from micro_diffusion.models.checkpoints import ModelCard, Part
+from micro_diffusion.models.checkpoints import SDXL, ModelCard, Part, load_checkpoint
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.masking import TextFeatures, null_caption
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import SDXL, load_checkpoint
 from micro_diffusion.models.text_encoders import (
     DFN5B,
     TextEncoder,
@@ -116,12 +115,10 @@ class LatentDiffusion(nn.Module):
 
     @property
     def tokenizer(self) -> Any:
-        """The text encoder's."""
         return self.text_encoder.tokenizer
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer is."""
         return next(self.dit.parameters()).device
 
     def encode_prompts(

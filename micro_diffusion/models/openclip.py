@@ -54,11 +54,8 @@ def load_text_tower(name: str) -> tuple[Any, OpenClipTokenizer, str]:
             raise UserError(f"{folder} has a transformers text tower ({text['hf_model_name']}): load that by its name.")
         with torch.device("meta"):  # no time spent on initial weights
             # this private function is what OpenCLIP's own models build their text tower with
-            model = open_clip.model._build_text_tower(
-                config["embed_dim"],
-                text | {"output_tokens": True, "proj_type": "none"},
-                config.get("quick_gelu", False),
-            )
+            tower = text | {"output_tokens": True, "proj_type": "none"}
+            model = open_clip.model._build_text_tower(config["embed_dim"], tower, config.get("quick_gelu", False))
         model.load_state_dict(load_file(tower_file), assign=True)
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
     except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:

@@ -34,11 +34,8 @@ TEXT_CLASSES = {
     "mt5": "MT5EncoderModel",
     "umt5": "UMT5EncoderModel",
     "clip": "CLIPTextModel",
-    "clip_text_model": "CLIPTextModel",
     "siglip": "SiglipTextModel",
-    "siglip_text_model": "SiglipTextModel",
     "siglip2": "Siglip2TextModel",
-    "siglip2_text_model": "Siglip2TextModel",
 }
 """The class that holds the text part of a `transformers` model type alone; any other type is loaded by `AutoModel`."""
 
@@ -120,11 +117,8 @@ class TextEncoder(nn.Module):
         device = next(self.model.parameters()).device
         ids = captions.reshape(-1, captions.shape[-1]).to(device)
         given = torch.ones_like(ids) if attention_mask is None else attention_mask.reshape(ids.shape).to(device)
-        states = self._states(ids, given).float()
-        if self.text_mask_policy == "none":
-            return TextFeatures(states, torch.ones_like(ids, dtype=torch.bool))
-        mask = given.bool()
-        return TextFeatures(states * mask[..., None], mask)
+        mask = given.bool() if self.text_mask_policy == "padding" else torch.ones_like(ids, dtype=torch.bool)
+        return TextFeatures(self._states(ids, given).float() * mask[..., None], mask)
 
     def _states(self, ids: Int[Tensor, "b l"], mask: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         if self.name.startswith(openclip.PREFIX):
@@ -173,15 +167,15 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
         )
     with loading(f"text encoder in {folder}", library="transformers") as transformers:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        if config.is_encoder_decoder and config.model_type not in TEXT_CLASSES:
+        family = config.model_type.removesuffix("_text_model")
+        if config.is_encoder_decoder and family not in TEXT_CLASSES:
             raise UserError(
                 f"{folder} holds a {config.model_type} model; of encoder-decoders, T5's family can be loaded."
             )
         library = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        kind = getattr(transformers, TEXT_CLASSES.get(config.model_type, "AutoModel"))
+        kind = getattr(transformers, TEXT_CLASSES.get(family, "AutoModel"))
         model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    missing = [key for key in report["missing_keys"] if "pooler." not in key]  # poolers are not used
-    if missing:
+    if missing := [key for key in report["missing_keys"] if "pooler." not in key]:  # poolers are not used
         raise UserError(f"The text encoder in {folder} lacks weights ({missing[0]} and {len(missing) - 1} more).")
     text = config.get_text_config()
     longest = min(library.model_max_length, getattr(text, "max_position_embeddings", None) or library.model_max_length)
@@ -190,7 +184,7 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
     if not 0 < length <= longest or not -layers - 1 <= (settings.layer or 0) <= layers:
         raise UserError(f"{name}: the encoder has {layers} layers and takes at most {longest:,} tokens.")
     # SigLIP was trained on padded captions and without a mask, CLIP without a mask (it is causal)
-    siglip, clip = config.model_type.startswith("siglip"), config.model_type.startswith("clip")
+    siglip, clip = family in ("siglip", "siglip2"), family == "clip"
     tokenizer = PaddingTokenizer(library, length=length, pad_to_length=siglip or settings.mask == "none")
     return TextEncoder(
         model, tokenizer, name=name, sha256=digest, width=text.hidden_size, length=length,

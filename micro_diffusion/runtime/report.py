@@ -1,26 +1,32 @@
 """Pictures with their prompts under them, curves, and pages that need nothing else: no network, no plotting library."""
 
 import base64
+import contextlib
 import html
 import io
+import itertools
 import math
+import string
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+import micro_diffusion.embedded
+
+TEMPLATE = Path(micro_diffusion.embedded.__path__[0], "report.html")
 PAPER, INK, FAINT = "#ffffff", "#1f2430", "#6b7280"
-GAP, FONT_SIZE, MAX_LINES = 10, 12, 4
+GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 10, 12, 15.6, 4, 300
 COLOURS = ("#2f6fde", "#e0632f", "#2a9d63", "#a855c7", "#c99a00", "#d6457f")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
-
-Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
@@ -39,42 +45,46 @@ def png_bytes(picture: Image.Image, notes: Mapping[str, str] | None = None) -> b
     return buffer.getvalue()
 
 
-class _Label(NamedTuple):
-    """A text broken into lines that fit a width, with the font that can draw it."""
+def _text(words: str, width: int, colour: str = INK) -> Image.Image:
+    """A strip of that width with the words in its middle, on as many lines as they need and `MAX_LINES` at most.
 
-    lines: list[str]
-    font: Any
-    height: int
-
-
-def _label(text: str, width: int, *, size: int = FONT_SIZE, max_lines: int = MAX_LINES) -> _Label:
-    """Pillow's own font draws ASCII only: accents are folded away, other scripts use a system font if there is one."""
-    text = unicodedata.normalize("NFKD", text.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}))
-    text = " ".join("".join(c for c in text if not unicodedata.combining(c)).split())
-    font: Any = ImageFont.load_default(size)
-    for name in WIDE_FONTS if not text.isascii() else ():
-        try:
-            font = ImageFont.truetype(name, size)
+    Pillow's own font draws ASCII only: accents are folded away, other scripts use a system font if there is one.
+    """
+    words = unicodedata.normalize("NFKD", words.translate({0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"'}))
+    words = " ".join("".join(c for c in words if not unicodedata.combining(c)).split())
+    font: Any = ImageFont.load_default(FONT_SIZE)
+    for name in WIDE_FONTS if not words.isascii() else ():
+        with contextlib.suppress(OSError):
+            font = ImageFont.truetype(name, FONT_SIZE)
             break
-        except OSError:
-            continue
-    room = max(width // 3, 8)  # in characters: the largest number at which every line fits
-    while True:
-        lines = textwrap.wrap(text, room, max_lines=max_lines, placeholder=" ...") or [""]
-        if room <= 8 or all(font.getlength(line) <= width for line in lines):
-            return _Label(lines, font, math.ceil(len(lines) * size * 1.3))
-        room -= 1
-
-
-def _write(draw: ImageDraw.ImageDraw, label: _Label, centre: float, top: float, colour: str = INK) -> None:
-    step = label.height / len(label.lines)
-    for i, line in enumerate(label.lines):
-        draw.text((centre, top + i * step), line, fill=colour, font=label.font, anchor="ma")
+    for room in range(max(width // 3, 8), 7, -1):  # in characters: the largest number at which every line fits
+        lines = textwrap.wrap(words, room, max_lines=MAX_LINES, placeholder=" ...") or [""]
+        if all(font.getlength(line) <= width for line in lines):
+            break
+    strip = Image.new("RGB", (width, math.ceil(len(lines) * LINE)), PAPER)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((width / 2, i * LINE), line, fill=colour, font=font, anchor="ma")
+    return strip
 
 
 def _fit(picture: Image.Image, height: int) -> Image.Image:
     width = round(picture.width * height / picture.height)
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _sheet(rows: Sequence[Sequence[Image.Image]], *, gap: int, margin: int = 0, paper: str = PAPER) -> Image.Image:
+    """Rows of cells, `gap` pixels apart; each at the top of its row and in the middle of its column."""
+    widths = [max(cell.width for cell in column if cell) for column in itertools.zip_longest(*rows)]
+    heights = [max(cell.height for cell in row) for row in rows]
+    size = [2 * margin + sum(sides) + gap * (len(sides) - 1) for sides in (widths, heights)]
+    sheet, top = Image.new("RGB", (size[0], size[1]), paper), margin
+    for row, height in zip(rows, heights, strict=True):
+        left = margin
+        for cell, width in zip(row, widths, strict=False):  # the last row may be short
+            sheet.paste(cell, (left + (width - cell.width) // 2, top))
+            left += width + gap
+        top += height + gap
+    return sheet
 
 
 def grid(
@@ -84,20 +94,13 @@ def grid(
     if not images or len(images) != len(captions):
         raise ValueError(f"a grid needs as many captions as pictures, at least one: {len(images)}, {len(captions)}")
     columns = min(columns or math.ceil(math.sqrt(len(images) * 1.5)), len(images))
-    cells = [_fit(image, size) for image in images]
-    width = max(cell.width for cell in cells)
-    labels = [_label(caption, width) for caption in captions]
-    rows = [range(start, min(start + columns, len(cells))) for start in range(0, len(cells), columns)]
-    heights = [size + 4 + max(labels[i].height for i in row) + GAP for row in rows]
-    sheet = Image.new("RGB", (GAP + columns * (width + GAP), GAP + sum(heights)), PAPER)
-    draw, top = ImageDraw.Draw(sheet), GAP
-    for row, height in zip(rows, heights, strict=True):
-        for column, i in enumerate(row):
-            left = GAP + column * (width + GAP)
-            sheet.paste(cells[i], (left + (width - cells[i].width) // 2, top))
-            _write(draw, labels[i], left + width / 2, top + size + 4)
-        top += height
-    return sheet
+    fitted = [_fit(image, size) for image in images]
+    width = max(picture.width for picture in fitted)
+    cells = [
+        _sheet([[picture], [_text(caption, width)]], gap=4) for picture, caption in zip(fitted, captions, strict=True)
+    ]
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    return _sheet(rows, gap=GAP, margin=GAP)
 
 
 def pairs_grid(
@@ -109,39 +112,25 @@ def pairs_grid(
     size: int = 96,
 ) -> Image.Image:
     """Each cell holds the drawn picture on the left and the true one on the right, the prompt under both."""
-    pairs = []
-    for left, right in zip(drawn, true, strict=True):
-        left, right = _fit(left, size), _fit(right, size)
-        pair = Image.new("RGB", (left.width + right.width + 2, size), "#d7dae0")
-        pair.paste(left, (0, 0))
-        pair.paste(right, (left.width + 2, 0))
-        pairs.append(pair)
+    pairs = [
+        _sheet([[_fit(left, size), _fit(right, size)]], gap=2, paper="#d7dae0")
+        for left, right in zip(drawn, true, strict=True)
+    ]
     body = grid(pairs, captions, columns=columns, size=size)
-    head = _label("in each pair: drawn by the model (left), true picture (right)", body.width - 2 * GAP)
-    sheet = Image.new("RGB", (body.width, body.height + head.height + GAP), PAPER)
-    sheet.paste(body, (0, head.height + GAP))
-    _write(ImageDraw.Draw(sheet), head, body.width / 2, GAP, FAINT)
-    return sheet
+    head = _text("in each pair: drawn by the model (left), true picture (right)", body.width - 2 * GAP, FAINT)
+    return _sheet([[ImageOps.expand(head, (0, GAP, 0, 0), PAPER)], [body]], gap=0)
 
 
 def table_grid(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], *, size: int = 128
 ) -> Image.Image:
     """Rows by columns of pictures: labels on the left and on top."""
-    margin = size
-    left_labels = [_label(text, margin - 2 * GAP) for text in row_labels]
-    top_labels = [_label(text, size) for text in column_labels]
-    top = GAP + max(label.height for label in top_labels) + 4
-    sheet = Image.new("RGB", (margin + len(top_labels) * (size + GAP), top + len(rows) * (size + GAP)), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for column, label in enumerate(top_labels):
-        _write(draw, label, margin + column * (size + GAP) + size / 2, GAP)
-    for row, (label, cells) in enumerate(zip(left_labels, rows, strict=True)):
-        y = top + row * (size + GAP)
-        _write(draw, label, margin / 2, y + (size - label.height) / 2)
-        for column, cell in enumerate(cells):
-            sheet.paste(_fit(cell, size), (margin + column * (size + GAP), y))
-    return sheet
+    cells = [[Image.new("RGB", (1, 1), PAPER), *(_text(label, size) for label in column_labels)]]
+    for label, pictures_of_row in zip(row_labels, rows, strict=True):
+        left = _text(label, size - 2 * GAP)
+        middle = (0, max(0, size - left.height) // 2, 0, 0)
+        cells.append([ImageOps.expand(left, middle, PAPER), *(_fit(picture, size) for picture in pictures_of_row)])
+    return _sheet(cells, gap=GAP, margin=GAP)
 
 
 class Axis(NamedTuple):
@@ -160,14 +149,11 @@ class Axis(NamedTuple):
 
     def ticks(self) -> list[float]:
         """At most a handful of round values inside the range."""
+        round_values = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
         if self.log:
-            powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
-            steps = (1, 2, 5) if len(powers) <= 3 else (1,)
-            marks = [s * 10.0**p for p in powers for s in steps if self.low <= s * 10.0**p <= self.high]
-            return marks if len(marks) > 1 else [self.low, self.high]
-        raw = (self.high - self.low) / 5
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = next(s * unit for s in (1, 2, 5, 10) if s * unit >= raw)
+            marks = [value for value in round_values if self.low <= value <= self.high]
+            return marks[:: 1 if len(marks) < 9 else 3] if len(marks) > 1 else [self.low, self.high]
+        step = next(value for value in round_values if 5 * value >= self.high - self.low)
         return [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
 
@@ -183,20 +169,13 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _thin(points: Sequence[tuple[float, float]], limit: int = 300) -> list[tuple[float, float]]:
-    """At most `limit` points, each the mean of its neighbours."""
-    width = math.ceil(len(points) / limit)
-    chunks = [points[i : i + width] for i in range(0, len(points), width)] if points else []
-    return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
-
-
 CURVE_STYLE = """<style>.curve{font:12px system-ui,sans-serif;background:#fff}.curve text{fill:#1f2430}
 .curve .axis{stroke:#8a90a0;stroke-opacity:.35}@media(prefers-color-scheme:dark){
 .curve{background:#171a21}.curve text{fill:#e4e7ee}}</style>"""
 
 
 def curve_svg(
-    series: Series,
+    series: Mapping[str, Sequence[tuple[float, float]]],
     *,
     title: str,
     x_label: str,
@@ -204,12 +183,16 @@ def curve_svg(
     log_y: bool = False,
     marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """Lines over common axes as one SVG; `marks` are labelled upright lines such as the starts of stages."""
+    """Lines over common axes as one SVG; `marks` are labelled upright lines such as the starts of stages.
+
+    A line has at most `MAX_POINTS` points, each the mean of its neighbours, and a single one is drawn as a dot.
+    """
     width, height, left, right, top, bottom = 760, 400, 64, 744, 84, 352
-    lines = {
-        name: _thin([(x, y) for x, y in points if math.isfinite(y) and (y > 0 or not log_y)])
-        for name, points in series.items()
-    }
+    lines: dict[str, list[list[float]]] = {}
+    for name, values in series.items():
+        if finite := [(x, y) for x, y in values if math.isfinite(y) and (y > 0 or not log_y)]:
+            parts = np.array_split(np.array(finite), min(len(finite), MAX_POINTS))
+            lines[name] = [part.mean(0).tolist() for part in parts] * (2 if len(finite) == 1 else 1)
     points = [point for line in lines.values() for point in line]
     if not points:
         raise ValueError("a curve needs at least one finite point")
@@ -238,9 +221,7 @@ def curve_svg(
     legend = float(left)
     for i, (name, line_points) in enumerate(lines.items()):
         colour = f'stroke="{COLOURS[i % len(COLOURS)]}"'
-        path = " ".join(
-            f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in (line_points * 2 if len(line_points) == 1 else line_points)
-        )
+        path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in line_points)
         out.append(f'<polyline {colour} fill="none" stroke-width="1.8" stroke-linecap="round" points="{path}"/>')
         out += [line(f"M{legend:.0f} 42h18", f'{colour} stroke-width="3"'), text(legend + 24, 46, name)]
         legend += 48 + 7 * len(name)
@@ -248,30 +229,25 @@ def curve_svg(
 
 
 def paragraph(text: str) -> str:
-    """Plain text as one paragraph."""
     return f"<p>{html.escape(text)}</p>"
 
 
 def figure(picture: Image.Image | str, *, alt: str, caption: str) -> str:
     """A picture as a data URI, or an SVG text as it is, with its caption; `alt` says what is to be seen."""
+    alt = html.escape(alt)
     if isinstance(picture, str):
-        inner = f'<div role="group" aria-label="{html.escape(alt)}">{picture}</div>'
+        inner = f'<div role="group" aria-label="{alt}">{picture}</div>'
     else:
-        data = base64.b64encode(png_bytes(picture)).decode()
-        inner = (
-            f'<img alt="{html.escape(alt)}" width="{picture.width}" height="{picture.height}" '
-            f'src="data:image/png;base64,{data}">'
-        )
+        source = f"data:image/png;base64,{base64.b64encode(png_bytes(picture)).decode()}"
+        inner = f'<img alt="{alt}" width="{picture.width}" height="{picture.height}" src="{source}">'
     return f'<figure><div class="wide">{inner}</div><figcaption>{html.escape(caption)}</figcaption></figure>'
 
 
 def facts(rows: Mapping[str, object]) -> str:
     """A two-column table of names and values."""
-    cells = "".join(
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>'
-        for name, value in rows.items()
-    )
-    return f'<div class="wide"><table>{cells}</table></div>'
+    cells = [(html.escape(name), html.escape(str(value))) for name, value in rows.items()]
+    body = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
+    return f'<div class="wide"><table>{body}</table></div>'
 
 
 def commands(lines: Sequence[str]) -> str:
@@ -279,27 +255,8 @@ def commands(lines: Sequence[str]) -> str:
     return f"<pre><code>{html.escape(chr(10).join(lines))}</code></pre>"
 
 
-STYLE = """
-:root{color-scheme:light dark;--paper:#fff;--ink:#1f2430;--faint:#5d6473;--line:#e2e5eb;--soft:#f5f6f9}
-@media(prefers-color-scheme:dark){:root{--paper:#171a21;--ink:#e4e7ee;--faint:#a3abba;--line:#2e3440;--soft:#20242d}}
-*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.6 system-ui,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:2.5rem 1.25rem 4rem}h1{font-size:2rem;line-height:1.2;margin:0 0 .5rem}
-h2{font-size:1.25rem;margin:2.5rem 0 .5rem;padding-top:1.25rem;border-top:1px solid var(--line)}
-p{max-width:46rem}.lead{font-size:1.125rem;color:var(--faint)}figure{margin:1rem 0}.wide{overflow-x:auto}
-img,.curve{max-width:100%;height:auto;display:block;border:1px solid var(--line);border-radius:8px}
-figcaption{font-size:.875rem;color:var(--faint);margin-top:.5rem}table{border-collapse:collapse;font-size:.9375rem}
-th,td{text-align:left;vertical-align:top;padding:.35rem 1.25rem .35rem 0;border-bottom:1px solid var(--line)}
-th{font-weight:500;color:var(--faint)}td{font-variant-numeric:tabular-nums}
-pre{background:var(--soft);border:1px solid var(--line);border-radius:8px;padding:1rem;overflow-x:auto;font-size:14px}
-"""
-
-
 def html_page(title: str, lead: str, sections: Mapping[str, str]) -> str:
     """One self-contained page, light or dark as the reader's system is; headings with their bodies, already HTML."""
     body = "\n".join(f"<section><h2>{html.escape(name)}</h2>\n{text}</section>" for name, text in sections.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{html.escape(title)}</h1>\n<p class="lead">{html.escape(lead)}</p>\n{body}\n</main>\n</body>\n</html>\n'
-    )
+    template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(title=html.escape(title), lead=html.escape(lead), body=body)

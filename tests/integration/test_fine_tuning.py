@@ -10,8 +10,8 @@ from integration.command_line import make_pictures, tiny_recipe
 from real_formats import tiny_preset, write_official, write_openclip, write_vae
 
 from micro_diffusion.cli.main import main
+from micro_diffusion.models.checkpoints import hash_tensors, load_checkpoint
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import hash_tensors, load_checkpoint
 
 
 @pytest.fixture

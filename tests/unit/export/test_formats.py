@@ -12,10 +12,9 @@ from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.main import main
 from micro_diffusion.diffusion.objectives import Flow
 from micro_diffusion.export.formats import export
-from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
+from micro_diffusion.models.checkpoints import ModelCard, Part, read_checkpoint, write_folder
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import read_checkpoint
 from micro_diffusion.runtime.files import UserError
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from micro_diffusion.export.formats import export
 from micro_diffusion.export.pipeline import MicroDiffusionPipeline
+from micro_diffusion.models.checkpoints import read_checkpoint
 from micro_diffusion.models.model import LatentDiffusion
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import read_checkpoint
 
 PROMPTS = ["a red apple", "a cat"]
 

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import CHANNELS, TEXT_WIDTH, dit_config
 
 from micro_diffusion.diffusion.objectives import EDM, Flow
-from micro_diffusion.models.checkpoints import CONFIG, WEIGHTS, ModelCard, Part, write_folder
+from micro_diffusion.models.checkpoints import CONFIG, WEIGHTS, ModelCard, Part, load_checkpoint, write_folder
 from micro_diffusion.models.dit import DiT
-from micro_diffusion.models.released import load_checkpoint
 from micro_diffusion.runtime.files import UserError
 
 

@@ -20,11 +20,10 @@ from real_formats import (
 from safetensors.torch import save_file
 
 from micro_diffusion.diffusion.objectives import EDM
-from micro_diffusion.models.checkpoints import Part
+from micro_diffusion.models.checkpoints import HUB, OSTRIS, RELEASED, SDXL, Part, config_from_shapes, load_checkpoint
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.model import LatentDiffusion, create_latent_diffusion
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.released import HUB, OSTRIS, RELEASED, SDXL, config_from_shapes, load_checkpoint
 from micro_diffusion.models.text_encoders import DFN5B
 from micro_diffusion.runtime.files import UserError
 
