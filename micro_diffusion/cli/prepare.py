@@ -99,7 +99,7 @@ class Prepare:
     def __call__(self) -> None:
         from torch import cuda
 
-        from micro_diffusion.data.prepare import ray_ranks
+        from micro_diffusion.data.prepare import REJECTS_FILE, ray_ranks
 
         ranks = ray_ranks(self.work, gpus=float(cuda.is_available())) if self.engine == "ray" else torchrun()
         report = self.work(ranks)
@@ -111,7 +111,7 @@ class Prepare:
         for reason, count in report.rejected.items():
             print(f"  left out: {count:,} ({reason})")
         if report.rejected:
-            print(f"  see {report.rejects_file}")
+            print(f"  see {self.out / REJECTS_FILE}")
         for reason, count in report.filtered.items():
             print(f"  not wanted: {count:,} ({reason})")
 
