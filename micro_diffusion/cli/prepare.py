@@ -5,7 +5,8 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,25 +15,23 @@ from tyro.conf import Positional, arg
 from micro_diffusion.runtime.files import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from micro_diffusion.data.prepare import PrepareReport, Ranks
     from micro_diffusion.data.records import Record
     from micro_diffusion.data.store import StoreInfo
+    from micro_diffusion.data.stream import Stream
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.training.config import Recipe
+
+FOR_ALL = ("min_size", "max_aspect", "caption_rule")  # whatever the source
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """Encode pictures and captions into a latent store. Killed and run again, it does only what is missing."""
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What is taken of a source, and how its captions are cleaned."""
 
-    source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """A folder of pictures, each with its caption in name.txt; or NAME or NAME:ADDRESS as in docs/data.md: emoji (the
-    drawings that come with the package), webdataset:a-{000..199}.tar, table:x.parquet, archive:x.zip, hub:OWNER/NAME,
-    mds:FOLDER, cc12m, sa1b:LINKS.txt, journeydb, diffusiondb, textcaps, coco."""
-    out: Annotated[Path, arg(metavar="STORE")]
-    """Folder of the store; a store that is there gains what it lacks."""
-    resolutions: tuple[int, ...] = (64, 128)
-    """Pixels of the shorter edge, one set of latents each."""
     subset: str | None = None
     """emoji: only a named subset of the training split, such as quickstart."""
     augment: int | None = None
@@ -49,6 +48,67 @@ class Prepare:
     """Leave out pictures with a shorter edge of fewer pixels."""
     max_aspect: float = 0.0
     """Leave out pictures that are longer than this to 1."""
+    caption_rule: str = "light"
+    """How captions are cleaned: none, light, first-line or paper."""
+
+    @property
+    def chosen(self) -> dict[str, object]:
+        """The options that are not as they come, by name."""
+        pairs = ((option.name, getattr(self, option.name)) for option in fields(SourceOptions))
+        return {name: value for name, value in pairs if value != getattr(SourceOptions, name)}
+
+    def open(self, source: str) -> "Iterator[Record]":
+        """The source's records; UserError for a source that is not there or an option that it has no use for."""
+        from micro_diffusion.data.records import hold_out
+        from micro_diffusion.data.sources import SOURCES
+
+        name, _, address = source.partition(":")
+        if name not in SOURCES or (name == "folder" and not address):
+            name, address = "folder", source
+        own_split, takes = name in ("emoji", "coco"), inspect.signature(SOURCES[name]).parameters
+        options = {name: value for name, value in self.chosen.items() if name not in FOR_ALL}
+        share = float(str(options.get("validation", 0.02)))
+        for option in options:
+            if option not in takes and (own_split or option != "validation"):
+                raise UserError(f"--{option} does nothing with the source {source!r}; leave it out.")
+        options.pop("validation", None)
+        if name == "folder" and not Path(address).is_dir():
+            raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
+        needed = [option for option, value in takes.items() if value.default is value.empty]
+        if missing := set(needed) - options.keys() - ({"address"} if address else set()):
+            hint = f"write {name}:ADDRESS" if "address" in missing else f"add --{missing.pop()}"
+            raise UserError(f"The source {name!r} needs more: {hint}.")
+        records = SOURCES[name](*([address] if address else []), **options)
+        return records if own_split else hold_out(records, share)
+
+    def stream(
+        self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, run: Path,
+        device: "torch.device",
+    ) -> "Stream":  # fmt: skip
+        """The source's pictures, to be encoded while the recipe's first stage trains."""
+        from micro_diffusion.data.stream import Stream
+
+        told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items())])
+        info = store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=told)
+        return Stream(
+            partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
+            replace(info, min_size=self.min_size, max_aspect=self.max_aspect), recipe.seed, run / "source.jsonl",
+            text_length=recipe.text_length, device=device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepare(SourceOptions):
+    """Encode pictures and captions into a latent store. Killed and run again, it does only what is missing."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A folder of pictures, each with its caption in name.txt; or NAME or NAME:ADDRESS as in docs/data.md: emoji (the
+    drawings that come with the package), webdataset:a-{000..199}.tar, table:x.parquet, archive:x.zip, hub:OWNER/NAME,
+    mds:FOLDER, cc12m, sa1b:LINKS.txt, journeydb, diffusiondb, textcaps, coco."""
+    out: Annotated[Path, arg(metavar="STORE")]
+    """Folder of the store; a store that is there gains what it lacks."""
+    resolutions: tuple[int, ...] = (64, 128)
+    """Pixels of the shorter edge, one set of latents each."""
     posterior: bool = False
     """Keep mean and deviation of the latents: training draws anew at each visit."""
     text_dtype: Literal["float16", "int8"] = "float16"
@@ -59,8 +119,6 @@ class Prepare:
     """embedded, a folder in diffusers format, or a name on the hub."""
     text_encoder: str = "embedded"
     """embedded, a folder in transformers format, or a name on the hub."""
-    caption_rule: str = "light"
-    """How captions are cleaned: none, light, first-line or paper."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     batch_size: int = 32
@@ -71,30 +129,8 @@ class Prepare:
     """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
 
     def records(self) -> "Iterator[Record]":
-        """The source's records; UserError for a source that is not there or a setting that it has no use for."""
-        from micro_diffusion.data.records import hold_out
-        from micro_diffusion.data.sources import SOURCES
-
-        name, _, address = self.source.partition(":")
-        if name not in SOURCES or (name == "folder" and not address):
-            name, address = "folder", self.source
-        own_split = name in ("emoji", "coco")
-        takes = inspect.signature(SOURCES[name]).parameters
-        settings = ("subset", "augment", "table", "fraction", "downloads", "validation")
-        options = {setting: getattr(self, setting) for setting in settings if getattr(self, setting) is not None}
-        share = options.get("validation", 0.02)
-        for option in options:
-            if option not in takes and (own_split or option != "validation"):
-                raise UserError(f"--{option} does nothing with the source {self.source!r}; leave it out.")
-        options.pop("validation", None)
-        if name == "folder" and not Path(address).is_dir():
-            raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
-        needed = [option for option, value in takes.items() if value.default is value.empty]
-        if missing := set(needed) - options.keys() - ({"address"} if address else set()):
-            hint = f"write {name}:ADDRESS" if "address" in missing else f"add --{missing.pop()}"
-            raise UserError(f"The source {name!r} needs more: {hint}.")
-        records = SOURCES[name](*([address] if address else []), **options)
-        return records if own_split else hold_out(records, share)
+        """The source's records."""
+        return self.open(self.source)
 
     def __call__(self) -> None:
         from torch import cuda

@@ -6,7 +6,7 @@ and rows are permuted inside windows of `shuffle_window` parts, so that few file
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,16 @@ class Batch(NamedTuple):
     text_mask: Bool[Tensor, "b l"]
     keys: tuple[str, ...]
     text_scale: Float[Tensor, "b l"] | None = None  # what the text is to be multiplied by; None is 1
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What training reads from: what stands at a position is the same for any start, batch size and number of ranks."""
+
+    def batches(
+        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> Generator[Batch, None, None]:
+        """This rank's share of each global batch between two positions."""
 
 
 def permutation(seed: int, length: int) -> Positions:
