@@ -1,8 +1,8 @@
 """`micro-diffusion prepare`: pictures with captions become a latent store."""
 
-import contextlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -81,6 +81,22 @@ class SourceOptions:
         records = SOURCES[name](*([address] if address else []), **options)
         return records if own_split else hold_out(records, share)
 
+    def info(self, source: str, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
+        """What a store's head says of the source and the encoders."""
+        from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
+
+        latents = AutoencoderInfo(
+            autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
+            channels=autoencoder.channels, downscale=autoencoder.downscale,
+        )  # fmt: skip
+        text = TextInfo(
+            text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
+        )
+        return StoreInfo(
+            latents, {text_encoder.name: text}, source=source,
+            caption_rule=self.caption_rule, min_size=self.min_size, max_aspect=self.max_aspect,
+        )  # fmt: skip
+
     def stream(
         self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, run: Path,
         device: "torch.device",
@@ -89,10 +105,9 @@ class SourceOptions:
         from micro_diffusion.data.stream import Stream
 
         told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items())])
-        info = store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=told)
         return Stream(
             partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
-            replace(info, min_size=self.min_size, max_aspect=self.max_aspect), recipe.seed, run / "source.jsonl",
+            self.info(told, autoencoder, text_encoder), recipe.seed, run / "source.jsonl",
             text_length=recipe.text_length, device=device,
         )  # fmt: skip
 
@@ -161,20 +176,13 @@ class Prepare(SourceOptions):
         records, device = self.records(), pick_device(self.device)
         autoencoder = load_autoencoder(self.autoencoder, device=device)
         text_encoder = load_text_encoder(self.text_encoder, device=device)
-        with counter() as progress:
-            return prepare(
-                records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
-                encode_text=text_encoder.encode, info=self.info(autoencoder, text_encoder),
-                rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
-                device=device, ranks=ranks, progress=progress,
-            )  # fmt: skip
-
-    def info(self, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
-        """What the store's head says."""
-        info = store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=self.source)
-        return replace(
-            info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype},
-            min_size=self.min_size, max_aspect=self.max_aspect,
+        info = self.info(self.source, autoencoder, text_encoder)
+        return prepare(
+            records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
+            encode_text=text_encoder.encode,
+            info=replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype}),
+            rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
+            device=device, ranks=ranks, progress=counter(),
         )  # fmt: skip
 
 
@@ -194,36 +202,12 @@ def torchrun() -> "Ranks":
     return Ranks(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
 
 
-def store_info(
-    autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, caption_rule: str, source: str
-) -> "StoreInfo":
-    """What the store's head says of its encoders."""
-    from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
+def counter() -> "Callable[[int, int], None] | None":
+    """Tells how many records were seen and rejected, in a line that is written over; on a terminal only."""
+    started = time.monotonic()
 
-    latents = AutoencoderInfo(
-        autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
-        channels=autoencoder.channels, downscale=autoencoder.downscale,
-    )  # fmt: skip
-    text = TextInfo(
-        text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
-    )
-    return StoreInfo(latents, {text_encoder.name: text}, caption_rule=caption_rule, source=source)
+    def show(seen: int, rejected: int) -> None:
+        speed = seen / max(time.monotonic() - started, 1e-9)
+        print(f"\r{seen:,} pictures, {rejected:,} left out, {speed:,.0f}/s ", end="", file=sys.stderr, flush=True)
 
-
-@contextlib.contextmanager
-def counter() -> Iterator[Callable[[int, int], None]]:
-    """A line that tells how many records were seen and rejected; shown on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting")
-        started = time.monotonic()
-
-        def show(seen: int, rejected: int) -> None:
-            speed = seen / max(time.monotonic() - started, 1e-9)
-            bar.update(task, description=f"{seen:,} pictures, {rejected:,} left out, {speed:,.0f}/s")
-
-        yield show
+    return show if sys.stderr.isatty() else None

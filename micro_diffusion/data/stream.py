@@ -14,15 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from micro_diffusion.data.encode import (
-    EncodeImages,
-    EncodeText,
-    Sample,
-    encode_captions,
-    encode_pictures,
-    load,
-    to_half,
-)
+from micro_diffusion.data import encode
+from micro_diffusion.data.encode import EncodeImages, EncodeText, Sample, to_half
 from micro_diffusion.data.loader import Batch, choose_caption
 from micro_diffusion.data.records import Record, Rejected, distinct
 from micro_diffusion.data.store import StoreInfo
@@ -64,7 +57,7 @@ class Stream:
 
     def captions(self, count: int) -> list[str]:
         """The first captions of the first pictures; nothing is decoded."""
-        samples = (load(record, (), self.info) for record in self.read())
+        samples = (encode.load(record, (), self.info) for record in self.read())
         return list(itertools.islice((found.texts[0] for found in samples if isinstance(found, Sample)), count))
 
     def batches(
@@ -124,7 +117,7 @@ class Stream:
             skip = 0
 
     def _load(self, record: Record) -> Sample | Rejected | None:
-        return load(record, (self.resolution,), self.info) if record.split == "train" else None
+        return encode.load(record, (self.resolution,), self.info) if record.split == "train" else None
 
     def _encode(self, samples: Sequence[Sample], position: int) -> Batch:
         """Latents drawn from the posterior and one caption for each sample, as the loader draws them."""
@@ -136,10 +129,12 @@ class Stream:
                 sample._replace(texts=[sample.texts[choose_caption(sample.weights, draw)]])
                 for sample, draw in zip(samples[start:][:AT_ONCE], draws[start:], strict=False)
             ]
-            mean, deviation = encode_pictures(some, self.resolution, self.encode_images, self.info, device=self.device)
+            mean, deviation = encode.encode_pictures(
+                some, self.resolution, self.encode_images, self.info, device=self.device
+            )
             noise = draw_normal(self.seed, "posterior", positions[start:][:AT_ONCE], tuple(mean.shape[1:]))
             latents.append(to_half(mean + deviation * noise.to(mean.device), "autoencoder"))
-            for states, mask in encode_captions(some, self.encode_text, width=settings.width, at_once=AT_ONCE):
+            for states, mask in encode.encode_captions(some, self.encode_text, width=settings.width, at_once=AT_ONCE):
                 text.append((to_half(states, "text encoder"), mask.bool().cpu()))
         length = self.text_length or max([1, *(int(mask.sum(1).max()) for _, mask in text)])
         mask = torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in text])
