@@ -48,8 +48,8 @@ class SourceOptions:
     """Leave out pictures with a shorter edge of fewer pixels."""
     max_aspect: float = 0.0
     """Leave out pictures that are longer than this to 1."""
-    caption_rule: str = "light"
-    """How captions are cleaned: none, light, first-line or paper."""
+    caption_rule: Literal["none", "light", "first-line", "paper"] = "light"
+    """How captions are cleaned."""
 
     @property
     def chosen(self) -> dict[str, object]:
@@ -101,10 +101,10 @@ class SourceOptions:
         self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, run: Path,
         device: "torch.device",
     ) -> "Stream":  # fmt: skip
-        """The source's pictures, to be encoded while the recipe's first stage trains."""
+        """The source's pictures, to be encoded while the first stage trains; other stages replace the resolution."""
         from micro_diffusion.data.stream import Stream
 
-        told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items())])
+        told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items() if name != "downloads")])
         return Stream(
             partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
             self.info(told, autoencoder, text_encoder), recipe.seed, run / "source.jsonl",
