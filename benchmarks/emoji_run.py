@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from benchmarks.step import machine
-from micro_diffusion.cli.prepare import store_info
+from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.cli.quickstart import compare, scaled
 from micro_diffusion.cli.train import override, train_recipe
 from micro_diffusion.data.prepare import prepare
@@ -52,7 +52,7 @@ def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
     mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
     prepare(
         mine, out, resolutions=(64, 128), encode_images=autoencoder.encode, encode_text=text_encoder.encode,
-        info=store_info(autoencoder, text_encoder, caption_rule="light", source="emoji"),
+        info=SourceOptions().info("emoji", autoencoder, text_encoder),
         batch_size=256, workers=4, device=device,
     )  # fmt: skip
     print(f"{out} is prepared", flush=True)

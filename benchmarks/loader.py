@@ -25,16 +25,18 @@ WIDTH, CHANNELS, DOWNSCALE = 1024, 4, 8
 
 
 def write_store(folder: Path, *, rows: int, tokens: int, resolutions: tuple[int, ...], dtype: str) -> Store:
-    """Latents and caption states of random numbers."""
+    """Latents and caption states of random numbers, each row's from another place of one long draw."""
     draw = np.random.default_rng(0)
+    pool = draw.standard_normal(2**22, np.float32).astype(np.float16)
+
+    def some(count: int) -> np.ndarray:
+        start = int(draw.integers(len(pool) - count))
+        return pool[start : start + count].copy()
 
     def record(number: int) -> Record:
-        latents = {
-            size: draw.standard_normal(CHANNELS * (size // DOWNSCALE) ** 2, np.float32).astype(np.float16)
-            for size in resolutions
-        }
-        text = draw.standard_normal(tokens * WIDTH, np.float32).astype(np.float16)
-        return Record(f"{number:08}", b"", (Caption("a caption"),), "random", encoded=Encoded(latents, text))
+        latents = {size: some(CHANNELS * (size // DOWNSCALE) ** 2) for size in resolutions}
+        encoded = Encoded(latents, some(tokens * WIDTH))
+        return Record(f"{number:08}", b"", (Caption("a caption"),), "random", encoded=encoded)
 
     def never(inputs: object) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("nothing is to be encoded")

@@ -1,11 +1,12 @@
 """`micro-diffusion prepare`: pictures with captions become a latent store."""
 
-import contextlib
 import inspect
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -14,25 +15,23 @@ from tyro.conf import Positional, arg
 from micro_diffusion.runtime.files import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from micro_diffusion.data.prepare import PrepareReport, Ranks
     from micro_diffusion.data.records import Record
     from micro_diffusion.data.store import StoreInfo
+    from micro_diffusion.data.stream import Stream
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.training.config import Recipe
+
+FOR_ALL = ("min_size", "max_aspect", "caption_rule")  # whatever the source
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """Encode pictures and captions into a latent store. Killed and run again, it does only what is missing."""
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What is taken of a source, and how its captions are cleaned."""
 
-    source: Annotated[Positional[str], arg(metavar="SOURCE")]
-    """A folder of pictures, each with its caption in name.txt; or NAME or NAME:ADDRESS as in docs/data.md: emoji (the
-    drawings that come with the package), webdataset:a-{000..199}.tar, table:x.parquet, archive:x.zip, hub:OWNER/NAME,
-    mds:FOLDER, cc12m, sa1b:LINKS.txt, journeydb, diffusiondb, textcaps, coco."""
-    out: Annotated[Path, arg(metavar="STORE")]
-    """Folder of the store; a store that is there gains what it lacks."""
-    resolutions: tuple[int, ...] = (64, 128)
-    """Pixels of the shorter edge, one set of latents each."""
     subset: str | None = None
     """emoji: only a named subset of the training split, such as quickstart."""
     augment: int | None = None
@@ -49,43 +48,29 @@ class Prepare:
     """Leave out pictures with a shorter edge of fewer pixels."""
     max_aspect: float = 0.0
     """Leave out pictures that are longer than this to 1."""
-    posterior: bool = False
-    """Keep mean and deviation of the latents: training draws anew at each visit."""
-    text_dtype: Literal["float16", "int8"] = "float16"
-    """int8: integers with a scale for each token, half the size."""
-    max_rejected: float = 0.05
-    """Stop when a larger share of the records is damaged."""
-    autoencoder: str = "embedded"
-    """embedded, a folder in diffusers format, or a name on the hub."""
-    text_encoder: str = "embedded"
-    """embedded, a folder in transformers format, or a name on the hub."""
-    caption_rule: str = "light"
-    """How captions are cleaned: none, light, first-line or paper."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
-    batch_size: int = 32
-    """Pictures encoded at once."""
-    rows_per_part: int = 4096
-    """Records in a part, the unit of restart."""
-    engine: Literal["local", "ray"] = "local"
-    """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
+    caption_rule: Literal["none", "light", "first-line", "paper"] = "light"
+    """How captions are cleaned."""
 
-    def records(self) -> "Iterator[Record]":
-        """The source's records; UserError for a source that is not there or a setting that it has no use for."""
+    @property
+    def chosen(self) -> dict[str, object]:
+        """The options that are not as they come, by name."""
+        pairs = ((option.name, getattr(self, option.name)) for option in fields(SourceOptions))
+        return {name: value for name, value in pairs if value != getattr(SourceOptions, name)}
+
+    def open(self, source: str) -> "Iterator[Record]":
+        """The source's records; UserError for a source that is not there or an option that it has no use for."""
         from micro_diffusion.data.records import hold_out
         from micro_diffusion.data.sources import SOURCES
 
-        name, _, address = self.source.partition(":")
+        name, _, address = source.partition(":")
         if name not in SOURCES or (name == "folder" and not address):
-            name, address = "folder", self.source
-        own_split = name in ("emoji", "coco")
-        takes = inspect.signature(SOURCES[name]).parameters
-        settings = ("subset", "augment", "table", "fraction", "downloads", "validation")
-        options = {setting: getattr(self, setting) for setting in settings if getattr(self, setting) is not None}
-        share = options.get("validation", 0.02)
+            name, address = "folder", source
+        own_split, takes = name in ("emoji", "coco"), inspect.signature(SOURCES[name]).parameters
+        options = {name: value for name, value in self.chosen.items() if name not in FOR_ALL}
+        share = float(str(options.get("validation", 0.02)))
         for option in options:
             if option not in takes and (own_split or option != "validation"):
-                raise UserError(f"--{option} does nothing with the source {self.source!r}; leave it out.")
+                raise UserError(f"--{option} does nothing with the source {source!r}; leave it out.")
         options.pop("validation", None)
         if name == "folder" and not Path(address).is_dir():
             raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
@@ -96,10 +81,76 @@ class Prepare:
         records = SOURCES[name](*([address] if address else []), **options)
         return records if own_split else hold_out(records, share)
 
+    def info(self, source: str, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
+        """What a store's head says of the source and the encoders."""
+        from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
+
+        latents = AutoencoderInfo(
+            autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
+            channels=autoencoder.channels, downscale=autoencoder.downscale,
+        )  # fmt: skip
+        text = TextInfo(
+            text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
+        )
+        return StoreInfo(
+            latents, {text_encoder.name: text}, source=source,
+            caption_rule=self.caption_rule, min_size=self.min_size, max_aspect=self.max_aspect,
+        )  # fmt: skip
+
+    def stream(
+        self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, run: Path,
+        device: "torch.device",
+    ) -> "Stream":  # fmt: skip
+        """The source's pictures, to be encoded while the first stage trains; other stages replace the resolution."""
+        from micro_diffusion.data.stream import Stream
+
+        told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items() if name != "downloads")])
+        return Stream(
+            partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
+            self.info(told, autoencoder, text_encoder), recipe.seed, run / "source.jsonl",
+            text_length=recipe.text_length, device=device,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepare(SourceOptions):
+    """Encode pictures and captions into a latent store. Killed and run again, it does only what is missing."""
+
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]
+    """A folder of pictures, each with its caption in name.txt; or NAME or NAME:ADDRESS as in docs/data.md: emoji (the
+    drawings that come with the package), webdataset:a-{000..199}.tar, table:x.parquet, archive:x.zip, hub:OWNER/NAME,
+    mds:FOLDER, cc12m, sa1b:LINKS.txt, journeydb, diffusiondb, textcaps, coco."""
+    out: Annotated[Path, arg(metavar="STORE")]
+    """Folder of the store; a store that is there gains what it lacks."""
+    resolutions: tuple[int, ...] = (64, 128)
+    """Pixels of the shorter edge, one set of latents each."""
+    posterior: bool = False
+    """Keep mean and deviation of the latents: training draws anew at each visit."""
+    text_dtype: Literal["float16", "int8"] = "float16"
+    """int8: integers with a scale for each token, half the size."""
+    max_rejected: float = 0.05
+    """Stop when a larger share of the records is damaged."""
+    autoencoder: str = "embedded"
+    """embedded, a folder in diffusers format, or a name on the hub."""
+    text_encoder: str = "embedded"
+    """embedded, a folder in transformers format, or a name on the hub."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+    batch_size: int = 32
+    """Pictures encoded at once."""
+    rows_per_part: int = 4096
+    """Records in a part, the unit of restart."""
+    engine: Literal["local", "ray"] = "local"
+    """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
+
+    def records(self) -> "Iterator[Record]":
+        """The source's records."""
+        return self.open(self.source)
+
     def __call__(self) -> None:
         from torch import cuda
 
-        from micro_diffusion.data.prepare import ray_ranks
+        from micro_diffusion.data.prepare import REJECTS_FILE, ray_ranks
 
         ranks = ray_ranks(self.work, gpus=float(cuda.is_available())) if self.engine == "ray" else torchrun()
         report = self.work(ranks)
@@ -111,7 +162,7 @@ class Prepare:
         for reason, count in report.rejected.items():
             print(f"  left out: {count:,} ({reason})")
         if report.rejected:
-            print(f"  see {report.rejects_file}")
+            print(f"  see {self.out / REJECTS_FILE}")
         for reason, count in report.filtered.items():
             print(f"  not wanted: {count:,} ({reason})")
 
@@ -125,20 +176,13 @@ class Prepare:
         records, device = self.records(), pick_device(self.device)
         autoencoder = load_autoencoder(self.autoencoder, device=device)
         text_encoder = load_text_encoder(self.text_encoder, device=device)
-        with counter() as progress:
-            return prepare(
-                records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
-                encode_text=text_encoder.encode, info=self.info(autoencoder, text_encoder),
-                rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
-                device=device, ranks=ranks, progress=progress,
-            )  # fmt: skip
-
-    def info(self, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
-        """What the store's head says."""
-        info = store_info(autoencoder, text_encoder, caption_rule=self.caption_rule, source=self.source)
-        return replace(
-            info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype},
-            min_size=self.min_size, max_aspect=self.max_aspect,
+        info = self.info(self.source, autoencoder, text_encoder)
+        return prepare(
+            records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
+            encode_text=text_encoder.encode,
+            info=replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype}),
+            rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
+            device=device, ranks=ranks, progress=counter(),
         )  # fmt: skip
 
 
@@ -158,36 +202,12 @@ def torchrun() -> "Ranks":
     return Ranks(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
 
 
-def store_info(
-    autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, caption_rule: str, source: str
-) -> "StoreInfo":
-    """What the store's head says of its encoders."""
-    from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
+def counter() -> "Callable[[int, int], None] | None":
+    """Tells how many records were seen and rejected, in a line that is written over; on a terminal only."""
+    started = time.monotonic()
 
-    latents = AutoencoderInfo(
-        autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
-        channels=autoencoder.channels, downscale=autoencoder.downscale,
-    )  # fmt: skip
-    text = TextInfo(
-        text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
-    )
-    return StoreInfo(latents, {text_encoder.name: text}, caption_rule=caption_rule, source=source)
+    def show(seen: int, rejected: int) -> None:
+        speed = seen / max(time.monotonic() - started, 1e-9)
+        print(f"\r{seen:,} pictures, {rejected:,} left out, {speed:,.0f}/s ", end="", file=sys.stderr, flush=True)
 
-
-@contextlib.contextmanager
-def counter() -> Iterator[Callable[[int, int], None]]:
-    """A line that tells how many records were seen and rejected; shown on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting")
-        started = time.monotonic()
-
-        def show(seen: int, rejected: int) -> None:
-            speed = seen / max(time.monotonic() - started, 1e-9)
-            bar.update(task, description=f"{seen:,} pictures, {rejected:,} left out, {speed:,.0f}/s")
-
-        yield show
+    return show if sys.stderr.isatty() else None

@@ -5,11 +5,13 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
 
@@ -17,7 +19,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from micro_diffusion.data.loader import Batches, Loader
     from micro_diffusion.data.store import Store
+    from micro_diffusion.data.stream import Stream
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.dit import DiT
     from micro_diffusion.models.text_encoders import TextEncoder
@@ -29,8 +33,8 @@ SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
 
 
 @dataclass(frozen=True)
-class Train:
-    """Train a recipe on latent stores. The same command, run again, goes on where it stopped."""
+class Train(SourceOptions):
+    """Train a recipe on latent stores, or on pictures as they are. The same command, run again, goes on."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
     """A recipe's name (quickstart, emoji), a recipe.json, or file.py:function."""
@@ -44,13 +48,22 @@ class Train:
     """Fine-tune this checkpoint: its model, encoders and objective replace the recipe's (docs/models.md)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    source: Annotated[str | None, arg(metavar="SOURCE")] = None
+    """In place of a store: pictures as prepare takes them, encoded as they are needed, in their order."""
 
     def __call__(self) -> None:
         changes = [setting for group in self.settings for setting in group]
         recipe, weights = override(find_recipe(self.recipe), changes), None
         if self.start_from:
             recipe, weights = fine_tuning(recipe, self.start_from.as_posix(), run=self.run, changes=changes)
-        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights)
+        if self.source and self.store:
+            raise UserError("Training reads a --store or a --source, not both.")
+        if self.chosen and not self.source:
+            raise UserError(
+                f"--{next(iter(self.chosen)).replace('_', '-')} does nothing without --source: a store has its own."
+            )
+        stream = partial(self.stream, self.source) if self.source else None
+        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, stream=stream)
         print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
 
 
@@ -155,10 +168,11 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
-) -> None:
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
+    stream: "Callable[..., Stream] | None" = None,
+) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train."""
-    from micro_diffusion.data.loader import Loader, require
+    from micro_diffusion.data.loader import require
     from micro_diffusion.data.store import Store
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
@@ -166,7 +180,7 @@ def train_recipe(
     from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
     from micro_diffusion.training.loop import Interrupted, train
 
-    if not folders:
+    if not folders and not stream:
         raise UserError("Training needs a store: make one with 'micro-diffusion prepare' and give it with --store.")
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
     autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
@@ -179,21 +193,15 @@ def train_recipe(
         )  # fmt: skip
     check_widths(recipe, autoencoder, text_encoder)
 
-    def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
-        return {
-            resolution: Loader(
-                stores,
-                resolution=resolution,
-                text_encoder=recipe.text_encoder,
-                seed=recipe.seed,
-                split=split,
-                text_length=recipe.text_length,
-            )
-            for resolution in resolutions
-        }
-
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
-    captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
+    source = stream(recipe, autoencoder, text_encoder, run=run, device=chosen) if stream else None
+    loaders: Mapping[int, Batches]
+    if source:
+        loaders = {size: replace(source, resolution=size) for size in resolutions}
+        captions = source.captions(SAMPLE_PROMPTS)
+    else:
+        loaders = open_loaders(recipe, stores, "train")
+        captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
     board = TensorBoard(run / "tensorboard")
     draw = sampler(recipe, autoencoder, text_encoder, captions)
     samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
@@ -201,8 +209,8 @@ def train_recipe(
         train(
             recipe,
             run=run,
-            loaders=open_loaders(stores, "train"),
-            validation=open_loaders(held_out, "validation") if held_out else None,
+            loaders=loaders,
+            validation=open_loaders(recipe, held_out, "validation") if held_out else None,
             downscale=autoencoder.downscale,
             device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
@@ -212,6 +220,22 @@ def train_recipe(
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+    finally:
+        for reason, count in source.left_out.most_common() if source else ():
+            print(f"  left out: {count:,} ({reason})")
+
+
+def open_loaders(recipe: "Recipe", stores: "Sequence[Store]", split: str) -> "dict[int, Loader]":
+    """A loader for each resolution of the recipe."""
+    from micro_diffusion.data.loader import Loader
+
+    return {
+        stage.resolution: Loader(
+            stores, resolution=stage.resolution, text_encoder=recipe.text_encoder, seed=recipe.seed, split=split,
+            text_length=recipe.text_length,
+        )
+        for stage in recipe.stages
+    }  # fmt: skip
 
 
 def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:

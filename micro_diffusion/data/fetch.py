@@ -7,9 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from glob import glob, has_magic
 from http.client import HTTPException
@@ -19,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from filelock import FileLock
 
+from micro_diffusion.runtime.ahead import ahead
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, sync, write_atomic
 
 DOWNLOADS = Path("downloads")
@@ -123,20 +122,11 @@ def _open(address: str, start: int, tag: str) -> tuple[Any, int, int, str]:
 
 
 def fetch_all(addresses: Iterable[str], downloads: Path = DOWNLOADS) -> Iterator[Path]:
-    return ahead(partial(fetch, address, downloads) for address in addresses)
+    """The local files in order, the next one fetched meanwhile."""
+    return one_ahead(partial(fetch, address, downloads) for address in addresses)
 
 
-def ahead(calls: Iterable[Callable[[threading.Event], Path]]) -> Iterator[Path]:
-    """Results in order, the next one made meanwhile in a thread; calls are given an event that tells them to stop."""
-    stop, pending = threading.Event(), deque[Future[Path]]()
-    pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")
-    try:
-        for call in calls:
-            pending.append(pool.submit(call, stop))
-            if len(pending) > 1:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+def one_ahead(calls: Iterable[Callable[[threading.Event], Path]]) -> Iterator[Path]:
+    """Results in order, the next one made meanwhile; calls are given an event that tells them to stop."""
+    stop = threading.Event()
+    return ahead((partial(call, stop) for call in calls), depth=1, name="fetch", stop=stop)

@@ -4,19 +4,19 @@ A position counts images seen. The stores are interleaved by weight. Within a st
 and rows are permuted inside windows of `shuffle_window` parts, so that few files are read at a time.
 """
 
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from micro_diffusion.data.store import Store
+from micro_diffusion.runtime.ahead import ahead
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed, draw_normal, draw_uniform
 
@@ -25,12 +25,23 @@ Starts = Int[np.ndarray, " w"]
 
 
 class Batch(NamedTuple):
-    """What one training step looks at; float16 as stored, unless posteriors or int8 states were made numbers of."""
+    """What one training step looks at, as stored: the device makes float32 of it."""
 
     latents: Float[Tensor, "b c h w"]
-    text: Float[Tensor, "b l d"]  # zeros where text_mask is False
+    text: Shaped[Tensor, "b l d"]  # zeros where text_mask is False; float16, or int8
     text_mask: Bool[Tensor, "b l"]
     keys: tuple[str, ...]
+    text_scale: Float[Tensor, "b l"] | None = None  # what the text is to be multiplied by; None is 1
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What training reads from: what stands at a position is the same for any start, batch size and number of ranks."""
+
+    def batches(
+        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1
+    ) -> Generator[Batch, None, None]:
+        """This rank's share of each global batch between two positions."""
 
 
 def permutation(seed: int, length: int) -> Positions:
@@ -60,19 +71,15 @@ def interleave(weights: Sequence[float], positions: Positions) -> tuple[Position
     return which, count
 
 
-class ListColumn:
-    """A list column of numbers, row by row, without a copy: numpy views of the memory-mapped values."""
+def numbers(column: pa.ChunkedArray, row: int) -> Shaped[np.ndarray, " n"]:
+    """A row of a list column: a view of the memory-mapped values."""
+    return column[row].values.to_numpy()
 
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self.first_rows = np.cumsum([0, *(len(chunk) for chunk in chunks)])
-        self.offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self.values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self.first_rows, row, side="right")) - 1
-        start, stop = self.offsets[chunk][row - self.first_rows[chunk] :][:2]
-        return self.values[chunk][start:stop]
+def choose_caption(weights: Sequence[float] | Float[np.ndarray, " n"], draw: float) -> int:
+    """The caption that `draw` in [0, 1) chooses by weight; 0 is the first."""
+    share = np.cumsum(weights, dtype=np.float64)
+    return min(int(np.searchsorted(share, draw * share[-1], side="right")), len(share) - 1)
 
 
 class OpenPart:
@@ -80,24 +87,21 @@ class OpenPart:
 
     def __init__(self, store: Store, part: int, *, resolution: int, text_encoder: str, split: str) -> None:
         rows, latents, text = store.rows(part), store.latents(resolution, part), store.text(text_encoder, part)
-        train = np.array([value == "train" for value in rows["split"].to_pylist()], dtype=bool)
-        self.rows = np.flatnonzero(train if split == "train" else ~train)
-        self.keys = rows["key"]
-        self.weights = ListColumn(rows["weights"])
-        self.latents = ListColumn(latents["latents"])
-        self.deviation = ListColumn(latents["deviation"]) if store.info.posterior else None
-        self.lengths, self.states = ListColumn(text["lengths"]), ListColumn(text["states"])
-        self.scales = ListColumn(text["scales"]) if "scales" in text.column_names else None
+        self.rows = np.flatnonzero(pc.equal(rows["split"], "train").to_numpy() == (split == "train"))
+        self.keys, self.weights = rows["key"], rows["weights"]
+        self.latents = latents["latents"]
+        self.deviation = latents["deviation"] if store.info.posterior else None
+        self.lengths, self.states = text["lengths"], text["states"]
+        self.scales = text["scales"] if "scales" in text.column_names else None
         self.shape = (latents["height"][0].as_py(), latents["width"][0].as_py()) if len(rows) else (0, 0)
 
     def caption(self, row: int, draw: float, width: int) -> tuple[Shaped[np.ndarray, "l d"], Shaped[np.ndarray, " l"]]:
-        """States and scales of the caption that `draw` in [0, 1) chooses by weight; 0 is the first."""
-        lengths, weights = self.lengths[row], self.weights[row]
-        share = np.cumsum(weights, dtype=np.float64)
-        choice = min(int(np.searchsorted(share, draw * share[-1], side="right")), len(lengths) - 1)
+        """States and scales of the caption that `draw` in [0, 1) chooses by weight."""
+        lengths, choice = numbers(self.lengths, row), choose_caption(numbers(self.weights, row), draw)
         start, length = int(lengths[:choice].sum()), int(lengths[choice])
-        states = self.states[row][start * width : (start + length) * width].reshape(-1, width)
-        return states, self.scales[row][start : start + length] if self.scales else np.ones(length, np.float16)
+        states = numbers(self.states, row)[start * width : (start + length) * width].reshape(-1, width)
+        scales = np.ones(length, np.float16) if self.scales is None else numbers(self.scales, row)[start:][:length]
+        return states, scales
 
 
 class Order:
@@ -195,7 +199,9 @@ class Loader:
             part = int(np.searchsorted(ends, index, side="right")) - 1
             places.append((*names[part], int(index - ends[part])))
         batch = self._assemble(places, [0.0] * len(places))
-        return batch._replace(latents=batch.latents.float(), text=batch.text.float())
+        assert batch.text_scale is not None
+        text = batch.text.float() * batch.text_scale.float()[..., None]
+        return batch._replace(latents=batch.latents.float(), text=text, text_scale=None)
 
     def _assemble(
         self, places: Sequence[tuple[int, int, int]], draws: Sequence[float], positions: Tensor | None = None
@@ -205,47 +211,40 @@ class Loader:
         rows = [int(part.rows[row]) for part, (_, _, row) in zip(parts, places, strict=True)]
         captions = [part.caption(row, draw, self.width) for part, row, draw in zip(parts, rows, draws, strict=True)]
         length = self.text_length or max([1, *(len(states) for states, _ in captions)])
-        latents = np.empty((len(places), self.channels, *parts[0].shape), np.float16)
-        deviation = np.zeros_like(latents) if positions is not None and any(part.deviation for part in parts) else None
-        text = np.zeros((len(places), length, self.width), captions[0][0].dtype)
-        scales, mask = np.zeros((len(places), length), np.float16), np.zeros((len(places), length), bool)
-        for index, (part, row, (states, scale)) in enumerate(zip(parts, rows, captions, strict=True)):
-            latents[index].reshape(-1)[:] = part.latents[row]
-            if deviation is not None and part.deviation:
-                deviation[index].reshape(-1)[:] = part.deviation[row]
+        text = np.zeros((len(places), length, self.width), np.result_type(*{states.dtype for states, _ in captions}))
+        scales, mask = np.ones((len(places), length), np.float16), np.zeros((len(places), length), bool)
+        for index, (states, scale) in enumerate(captions):
             kept = min(len(states), length)
             text[index, :kept], scales[index, :kept], mask[index, :kept] = states[:kept], scale[:kept], True
+        found = [numbers(part.latents, row) for part, row in zip(parts, rows, strict=True)]
+        latents = torch.from_numpy(np.stack(found)).reshape(len(places), self.channels, *parts[0].shape)
+        if positions is not None and any(part.deviation is not None for part in parts):
+            spread = [
+                np.zeros_like(mean) if part.deviation is None else numbers(part.deviation, row)
+                for part, row, mean in zip(parts, rows, found, strict=True)
+            ]
+            noise = draw_normal(self.seed, "posterior", positions, tuple(latents.shape[1:]))
+            latents = latents.float() + torch.from_numpy(np.stack(spread)).float().reshape(latents.shape) * noise
         keys = tuple(part.keys[row].as_py() for part, row in zip(parts, rows, strict=True))
-        drawn, known = torch.from_numpy(latents), torch.from_numpy(text)
-        if positions is not None and deviation is not None:
-            noise = draw_normal(self.seed, "posterior", positions, tuple(drawn.shape[1:]))
-            drawn = drawn.float() + torch.from_numpy(deviation).float() * noise
-        if known.dtype == torch.int8:
-            known = known.float().mul_(torch.from_numpy(scales).float()[..., None])
-        return Batch(drawn, known, torch.from_numpy(mask), keys)
+        return Batch(latents, torch.from_numpy(text), torch.from_numpy(mask), keys, torch.from_numpy(scales))
 
     def batches(
         self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """This rank's share of each global batch between two positions, read ahead in a thread; the last may be small.
 
         Closing the iterator stops the thread; an error in it is raised here.
         """
         if batch_size % world:
             raise ValueError(f"a batch of {batch_size} does not divide among {world} ranks")
-        pending: deque[Future[Batch]] = deque()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        try:
+
+        def calls() -> Iterator[Callable[[], Batch]]:
             for position in range(start, stop, batch_size):
                 size = min(batch_size, stop - position)
                 first, last = size * rank // world, size * (rank + 1) // world
-                pending.append(pool.submit(self.batch, position + first, last - first))
-                if len(pending) > prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+                yield partial(self.batch, position + first, last - first)
+
+        return ahead(calls(), depth=prefetch, name="loader")
 
 
 def _rows_of(splits: Any, split: str) -> int:

@@ -5,23 +5,25 @@ import hashlib
 import itertools
 import json
 import os
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
-from torch import Tensor
 
+from micro_diffusion.data import encode
 from micro_diffusion.data import store as layout
 from micro_diffusion.data.captions import CAPTION_RULES
-from micro_diffusion.data.encode import EncodeImages, EncodeText, Sample, caption_rows, latent_rows, load
-from micro_diffusion.data.records import Filtered, Record, Rejected
-from micro_diffusion.data.store import PartInfo, RowWriter, StoreInfo
+from micro_diffusion.data.encode import Columns, EncodeImages, EncodeText, Sample
+from micro_diffusion.data.records import Filtered, Record, distinct
+from micro_diffusion.data.store import PartInfo, StoreInfo
+from micro_diffusion.runtime.ahead import ahead
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, remove_leftovers, sha256, sync, write_atomic
 
 REJECTS_FILE = "rejects.jsonl"
@@ -71,8 +73,7 @@ class PrepareReport:
     parts: int
     parts_written: int  # new, or given a new file; 0 means that there was nothing to do
     rejected: dict[str, int]  # by reason
-    rejects_file: Path | None
-    filtered: dict[str, int] = field(default_factory=dict)  # not wanted, by reason
+    filtered: dict[str, int]  # not wanted, by reason
 
 
 def prepare(
@@ -111,12 +112,11 @@ def prepare(
             write_atomic(out / "store.json", layout.to_json(info))
     ranks.wait()
     try:
-        with ThreadPoolExecutor(workers or os.cpu_count() or 4) as pool, ThreadPoolExecutor(1) as writer:
-            work = _Work(
-                out, info, encode_images, encode_text, text_name, batch_size, pool, writer, max_rejected, device,
-                progress,
-            )  # fmt: skip
-            parts, written = work.all(iter(records), ranks)
+        work = _Work(
+            out, info, encode_images, encode_text, text_name, batch_size, workers or os.cpu_count() or 4, max_rejected,
+            device, progress,
+        )  # fmt: skip
+        parts, written = work.all(distinct(records), ranks)
         ranks.wait()
         if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
             remove_leftovers(out)  # of other ranks that were lost
@@ -163,15 +163,12 @@ class _Work:
     encode_text: EncodeText
     text_name: str
     batch_size: int
-    pool: ThreadPoolExecutor
-    writer: ThreadPoolExecutor  # one thread: it waits for the device and writes while the next batch is encoded
+    workers: int
     max_rejected: float
     device: torch.device | str
     progress: Callable[[int, int], None] | None
     records: int = 0
-    keys: set[bytes] = field(default_factory=set)  # 8 bytes of hash each
     rejects: list[dict[str, str]] = field(default_factory=list)
-    filtered: Counter[str] = field(default_factory=Counter)  # of the part at hand
 
     def all(self, records: Iterator[Record], ranks: Ranks) -> tuple[int, int]:
         """Go through all records and make this rank's parts; how many parts there are, and how many were made here."""
@@ -181,8 +178,7 @@ class _Work:
             if (index - ranks.rank) % ranks.world == 0:
                 written += self.part(layout.part_folder(self.out, index), chunk)
             else:
-                for record in chunk:
-                    self._is_new(record)
+                self.records += sum(1 for _ in chunk)
             index += 1
         if not index:
             raise UserError("The source has no records: there is nothing to prepare.")
@@ -200,12 +196,21 @@ class _Work:
         missing = [file for file in files if old is None or file not in old.files]
         if old is None and (others := self.info.text_encoders.keys() - {self.text_name}):
             raise UserError(f"The store {self.out} is not finished: first prepare it with '{others.pop()}' again.")
-        keys = set(layout.read_stream(folder / layout.ROWS_FILE)["key"].to_pylist()) if old and missing else set()
+        known = set(layout.read_stream(folder / layout.ROWS_FILE)["key"].to_pylist()) if old and missing else set()
         digest, first_reject = hashlib.blake2b(digest_size=16), len(self.rejects)
-        self.filtered.clear()
+        splits, filtered = Counter[str](), Counter[str]()
+
+        def wanted() -> Iterator[Record]:
+            for record in records:
+                self.records += 1
+                digest.update(repr((record.key, record.split, record.captions)).encode())
+                if old is None or record.key in known:
+                    known.discard(record.key)  # a second one is a duplicate
+                    yield record
+
         with TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=self.out) as name:
-            samples = self._samples(records, missing, digest, keys if old else None)
-            splits = self._write(Path(name), missing, samples)
+            samples = self._samples(wanted(), missing, filtered, complete=old is not None)
+            self._write(Path(name), missing, samples, splits)
             if old and old.records_hash != digest.hexdigest():
                 raise _changed(self.out)
             if old:
@@ -215,8 +220,9 @@ class _Work:
             if not missing:
                 return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
-            rejects, filtered = self.rejects[first_reject:], dict(sorted(self.filtered.items()))
-            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, filtered)
+            rejects = self.rejects[first_reject:]
+            counts = dict(sorted(filtered.items()))
+            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, counts)
             part = replace(old or new, files={**(old.files if old else {}), **hashes})
             if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
                 write_atomic(self.out / "store.json", layout.to_json(self.info))
@@ -227,107 +233,70 @@ class _Work:
             write_atomic(folder / "part.json", layout.to_json(part))
         return True
 
-    def _is_new(self, record: Record) -> bool:
-        self.records += 1
-        short = hashlib.blake2b(repr(record.key).encode(), digest_size=8).digest()
-        before = len(self.keys)
-        self.keys.add(short)
-        return len(self.keys) > before
-
     def _samples(
-        self,
-        records: Iterable[Record],
-        files: Collection[str],
-        digest: "hashlib.blake2b",
-        known: Collection[str] | None,
+        self, records: Iterable[Record], files: Collection[str], filtered: Counter[str], *, complete: bool
     ) -> Iterator[Sample]:
-        """Samples in the order of the records, decoded in threads; with `known`, those keys only, and none may fail."""
+        """Samples in the order of the records, decoded in threads; of a part that is `complete` none may fail."""
         resolutions = [size for size in self.info.resolutions if layout.latents_file(size) in files]
-        pending: deque[tuple[str, Future[Sample]]] = deque()
-        for record in records:
-            digest.update(repr((record.key, record.split, record.captions)).encode())
-            new = self._is_new(record)
-            if known is None or (new and record.key in known):
-                pending.append((record.key, self.pool.submit(load, record, resolutions, self.info, new=new)))
-            if len(pending) > 2 * self.batch_size:
-                yield from self._take(*pending.popleft(), known=known is not None)
-        for key, future in pending:
-            yield from self._take(key, future, known=known is not None)
-
-    def _take(self, key: str, future: Future[Sample], *, known: bool) -> Sequence[Sample]:
-        """The sample, or none when it was rejected."""
-        try:
-            return [future.result()]
-        except Rejected as error:
-            if known:
-                raise UserError(
-                    f"The picture of {key}, which is in {self.out}, is not readable now: {error}."
-                ) from error
-            if isinstance(error, Filtered):
-                self.filtered[error.reason] += 1
+        calls = (partial(encode.load, record, resolutions, self.info) for record in records)
+        for found in ahead(calls, depth=2 * self.batch_size, workers=self.workers, name="decode"):
+            if isinstance(found, Sample):
+                yield found
+            elif complete:
+                raise UserError(f"The picture of {found.key}, which is in {self.out}, is not readable now: {found}.")
+            elif isinstance(found, Filtered):
+                filtered[found.reason] += 1
             else:
-                self.rejects.append({"key": key, "reason": error.reason, "detail": error.detail})
+                self.rejects.append({"key": found.key, "reason": found.reason, "detail": found.detail})
                 self._check_rejects(max(self.records, self.info.rows_per_part))
-            return []
 
     def _check_rejects(self, among: int) -> None:
         """Stop, after writing the list, when too large a share was rejected."""
         if len(self.rejects) > self.max_rejected * among:
-            reasons = ", ".join(f"{count} times {reason}" for reason, count in _by_reason(self.rejects).items())
+            counts = Counter(reject["reason"] for reject in self.rejects).most_common()
+            reasons = ", ".join(f"{count} times {reason}" for reason, count in counts)
             raise UserError(
                 f"{len(self.rejects)} of {self.records} records were rejected ({reasons}), more than "
                 f"{self.max_rejected:.0%}; they are listed in {_write_rejects(self.out, self.rejects)}."
             )
 
-    def _write(self, folder: Path, files: Collection[str], samples: Iterator[Sample]) -> Counter[str]:
-        """Encode samples batch by batch into these files of a part; returns the rows by split."""
-        splits: Counter[str] = Counter()
+    def _write(self, folder: Path, files: Collection[str], samples: Iterator[Sample], splits: Counter[str]) -> None:
+        """Encode samples batch by batch; a thread waits for the device and writes while the next batch is encoded."""
         with contextlib.ExitStack() as stack:
-            writers = {file: stack.enter_context(RowWriter(folder / file, self.info)) for file in files}
-            before: Future[None] | None = None
-            try:
+            schemas = {file: layout.schema(file, self.info) for file in files}
+            streams = {
+                file: stack.enter_context(pa.ipc.new_stream(str(folder / file), schemas[file])) for file in files
+            }
+
+            def store(made: dict[str, Callable[[], Columns]]) -> None:
+                for file, columns in made.items():
+                    table = pa.Table.from_pydict(columns(), schemas[file])
+                    streams[file].write_table(table, max_chunksize=layout.ROWS_PER_BATCH)
+
+            def calls() -> Iterator[Callable[[], None]]:
                 while batch := list(itertools.islice(samples, self.batch_size)):
                     splits.update(sample.record.split for sample in batch)
-                    encoded = self._encode(batch, files)
-                    if before:
-                        before.result()
-                    before = self.writer.submit(self._store, batch, encoded, writers)
+                    yield partial(store, self._encode(batch, files))
                     if self.progress:
                         self.progress(self.records, len(self.rejects))
-            finally:
-                if before:
-                    before.result()
-        return splits
 
-    def _encode(self, samples: Sequence[Sample], files: Collection[str]) -> dict[str, list[tuple[Tensor, ...]]]:
-        """What the encoders give for each file, on their device: (mean, deviation), or padded states and their mask."""
-        found: dict[str, list[tuple[Tensor, ...]]] = {}
-        raw = [sample for sample in samples if not sample.record.encoded]
-        for resolution in self.info.resolutions:
-            if raw and (name := layout.latents_file(resolution)) in files:
-                pixels = torch.from_numpy(np.stack([sample.crops[resolution] for sample in raw])).to(self.device)
-                found[name] = [self.encode_images(pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1))]
-        texts = [text for sample in raw for text in sample.texts]
+            for _ in ahead(calls(), depth=1, name="write"):
+                pass
+
+    def _encode(self, batch: Sequence[Sample], files: Collection[str]) -> dict[str, Callable[[], Columns]]:
+        """Begin to encode; for each file, what makes its columns once the device is done."""
+        info, made = self.info, dict[str, Callable[[], Columns]]()
+        if layout.ROWS_FILE in files:
+            made[layout.ROWS_FILE] = partial(encode.row_columns, batch)
+        for size in info.resolutions:
+            if (name := layout.latents_file(size)) in files:
+                both = encode.encode_pictures(batch, size, self.encode_images, info, device=self.device)
+                made[name] = partial(encode.latent_columns, *both, batch, size, info)
         if (name := layout.text_file(self.text_name)) in files:
-            starts = range(0, len(texts), self.batch_size)
-            found[name] = [self.encode_text(texts[start : start + self.batch_size]) for start in starts]
-        return found
-
-    def _store(
-        self, batch: Sequence[Sample], encoded: dict[str, list[tuple[Tensor, ...]]], writers: dict[str, RowWriter]
-    ) -> None:
-        if writer := writers.get(layout.ROWS_FILE):
-            for record, texts, weights, size, *_ in batch:
-                writer.write(record.key, texts, weights, *size, record.source, record.split)
-        for resolution in self.info.resolutions:
-            if writer := writers.get(name := layout.latents_file(resolution)):
-                for row in latent_rows(batch, encoded.get(name, []), resolution, self.info):
-                    writer.write(*row)
-        if writer := writers.get(name := layout.text_file(self.text_name)):
-            for captions in caption_rows(batch, encoded[name], self.info.text_encoders[self.text_name].width):
-                lengths, states = np.array([len(part) for part in captions], np.int32), np.concatenate(captions)
-                small = layout.quantise(states) if self.info.dtypes["text"] == "int8" else (states,)
-                writer.write(lengths, *(values.reshape(-1) for values in small))
+            width, small = info.text_encoders[self.text_name].width, info.dtypes["text"] == "int8"
+            text = encode.encode_captions(batch, self.encode_text, width=width, at_once=self.batch_size)
+            made[name] = partial(encode.text_columns, text, batch, width=width, small=small)
+        return made
 
 
 def _parts(store: Path, count: int) -> Iterator[PartInfo]:
@@ -342,12 +311,7 @@ def _report(out: Path, parts: int, written: int) -> PrepareReport:
         rows += part.rows
         rejected.update(reject["reason"] for reject in part.rejects)
         filtered.update(part.filtered)
-    path = out / REJECTS_FILE if rejected else None
-    return PrepareReport(rows, parts, written, dict(rejected.most_common()), path, dict(filtered.most_common()))
-
-
-def _by_reason(rejects: Sequence[dict[str, str]]) -> dict[str, int]:
-    return dict(Counter(reject["reason"] for reject in rejects).most_common())
+    return PrepareReport(rows, parts, written, dict(rejected.most_common()), dict(filtered.most_common()))
 
 
 def _write_rejects(out: Path, rejects: Sequence[dict[str, str]]) -> Path:

@@ -52,8 +52,7 @@ class Rejected(Exception):
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
+        self.reason, self.detail, self.key = reason, detail, ""
 
 
 class Filtered(Rejected):
@@ -71,6 +70,15 @@ def hold_out(records: Iterable[Record], share: float) -> Iterator[Record]:
     if not 0 <= share < 1:
         raise UserError(f"validation is a share of the pictures, from 0 to below 1, not {share}.")
     return (replace(record, split="validation") if hash_share(record.key, share) else record for record in records)
+
+
+def distinct(records: Iterable[Record]) -> Iterator[Record]:
+    """The records, those whose key was there before marked as rejected; 8 bytes of each key's hash are kept."""
+    seen = set[bytes]()
+    for record in records:
+        before = len(seen)
+        seen.add(hashlib.blake2b(repr(record.key).encode(), digest_size=8).digest())
+        yield record if len(seen) > before else replace(record, problem=record.problem or Rejected("duplicate key"))
 
 
 def decode_image(record: Record, *, min_size: int = 0, max_aspect: float = 0.0) -> Image.Image:

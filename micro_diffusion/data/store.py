@@ -21,14 +21,13 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Int8
+from jaxtyping import Float16, Int, Int8, Shaped
 
 from micro_diffusion.data.fetch import fetch
 from micro_diffusion.runtime.files import UserError
 
 SCHEMA_VERSION = 1
 ROWS_PER_BATCH = 256
-MAX_VALUES_PER_BATCH = 2**28  # list offsets are 32 bits wide
 ROWS_SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -138,45 +137,19 @@ def to_json(info: StoreInfo | PartInfo) -> str:
     return json.dumps(asdict(info), indent=2, sort_keys=True) + "\n"
 
 
-class RowWriter:
-    """Writes rows to one Arrow IPC stream, at most `ROWS_PER_BATCH` a record batch. A context manager."""
-
-    def __init__(self, path: Path, info: StoreInfo) -> None:
-        latents = LATENTS_SCHEMA.append(DEVIATION) if info.posterior else LATENTS_SCHEMA
-        schemas = {"rows": ROWS_SCHEMA, "latents": latents, "text": TEXT_SCHEMAS[info.dtypes["text"]]}
-        self.schema = schemas[path.stem.partition("-")[0]]
-        self.rows: list[tuple[Any, ...]] = []
-        self.values = 0
-        self.stream = pa.ipc.new_stream(str(path), self.schema)
-
-    def write(self, *row: Any) -> None:
-        """Append one row, its values in the schema's order; numeric lists as numpy arrays of one dimension."""
-        size = sum(value.size for value in row if isinstance(value, np.ndarray))
-        if len(self.rows) == ROWS_PER_BATCH or self.values + size > MAX_VALUES_PER_BATCH:
-            self._flush()
-        self.rows.append(row)
-        self.values += size
-
-    def _flush(self) -> None:
-        columns = zip(*self.rows, strict=True)
-        arrays = [_array(column, kind) for column, kind in zip(columns, self.schema.types, strict=True)]
-        self.stream.write_batch(pa.record_batch(arrays, schema=self.schema))
-        self.rows, self.values = [], 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is None and self.rows:
-            self._flush()
-        self.stream.close()
+def schema(file: str, info: StoreInfo) -> pa.Schema:
+    """Columns of a file of the store."""
+    latents = LATENTS_SCHEMA.append(DEVIATION) if info.posterior else LATENTS_SCHEMA
+    kinds = {"rows": ROWS_SCHEMA, "latents": latents, "text": TEXT_SCHEMAS[info.dtypes["text"]]}
+    return kinds[Path(file).stem.partition("-")[0]]
 
 
-def _array(column: tuple[Any, ...], kind: pa.DataType) -> pa.Array:
-    if not isinstance(column[0], np.ndarray):
-        return pa.array(column, kind)
-    offsets = np.cumsum([0, *(value.size for value in column)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(column), kind.value_type))
+def lists(values: Shaped[np.ndarray, " n"], sizes: Sequence[int] | Int[np.ndarray, " b"]) -> pa.ListArray:
+    """Lists of these sizes, whose values stand one after the other."""
+    offsets = np.cumsum([0, *sizes])
+    if offsets[-1] >= 2**31:  # Arrow's offsets are 32 bits wide
+        raise UserError("The captions of one batch are too many for a file; choose a smaller --batch-size.")
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values))
 
 
 def quantise(states: Float16[np.ndarray, "l d"]) -> tuple[Int8[np.ndarray, "l d"], Float16[np.ndarray, " l"]]:

@@ -1,16 +1,17 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from functools import partial
+from itertools import repeat, takewhile
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from micro_diffusion.data.loader import Loader
+from micro_diffusion.data.loader import Batches
 from micro_diffusion.models.masking import null_caption
+from micro_diffusion.runtime.ahead import ahead
 from micro_diffusion.runtime.random import draw_normal, draw_uniform
 from micro_diffusion.training.config import Recipe, Stage
 
@@ -19,7 +20,8 @@ class Examples(NamedTuple):
     """One row an image; the draws depend on (seed, purpose, position) only."""
 
     latents: Float[Tensor, "b c h w"]
-    text: Float[Tensor, "b l d"]
+    text: Shaped[Tensor, "b l d"]
+    text_scale: Float[Tensor, "b l"]
     text_mask: Bool[Tensor, "b l"]
     caption_dropped: Bool[Tensor, " b"]
     sigma_normal: Float[Tensor, " b"]
@@ -33,19 +35,21 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
+    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
 ) -> Generator[Examples, None, None]:
     """The batches between two positions of the run, prepared ahead of the device where it is not the CPU itself."""
     pin = device.type == "cuda"
     drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
-    for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
+    made = drawn if device.type == "cpu" else ahead(repeat(partial(next, drawn, None)), depth=2, name="feed")
+    for examples in takewhile(lambda examples: examples is not None, made):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
-        text, mask = null_caption(here.text.float(), here.text_mask, here.caption_dropped)
+        states = here.text.float() * here.text_scale.float()[..., None]
+        text, mask = null_caption(states, here.text_mask, here.caption_dropped)
         yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
 
 
 def _draw(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
+    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
 ) -> Iterator[Examples]:
     batches = loader.batches(start, stop, stage.batch_size)
     for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
@@ -53,6 +57,7 @@ def _draw(
         examples = Examples(
             latents=batch.latents,
             text=batch.text,
+            text_scale=torch.ones(batch.text_mask.shape) if batch.text_scale is None else batch.text_scale,
             text_mask=batch.text_mask,
             caption_dropped=draw_uniform(recipe.seed, "caption-dropout", positions) < recipe.caption_dropout,
             sigma_normal=draw_normal(recipe.seed, "sigma", positions),
@@ -60,16 +65,3 @@ def _draw(
             mask_noise=draw_uniform(recipe.seed, "mask", positions, (patches if stage.mask_ratio else 0,)),
         )
         yield Examples(*(column.pin_memory() for column in examples)) if pin else examples
-
-
-def _ahead(items: Iterable[Examples], *, depth: int) -> Iterator[Examples]:
-    """The same items, made up to `depth` ahead in a thread."""
-    iterator = iter(items)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
-    try:
-        pending: deque[Future[Examples | None]] = deque(pool.submit(next, iterator, None) for _ in range(depth))
-        while (examples := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, iterator, None))
-            yield examples
-    finally:
-        pool.shutdown(cancel_futures=True)

@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from micro_diffusion.data.loader import Loader
+from micro_diffusion.data.loader import Batches, Loader
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
@@ -40,7 +40,7 @@ def train(
     recipe: Recipe,
     *,
     run: Path,
-    loaders: Mapping[int, Loader],
+    loaders: Mapping[int, Batches],
     downscale: int,
     device: torch.device,
     release: Callable[[Path, State], None],
@@ -120,7 +120,7 @@ def train(
             state = next_state(recipe, state, downscale=downscale)
 
 
-def _check_loaders(recipe: Recipe, loaders: Mapping[int, Loader], validation: Mapping[int, Loader] | None) -> None:
+def _check_loaders(recipe: Recipe, loaders: Mapping[int, Batches], validation: Mapping[int, Loader] | None) -> None:
     for stage in recipe.stages:
         for kind, by_resolution in (("training", loaders), ("validation", validation)):
             if by_resolution is not None and stage.resolution not in by_resolution:

@@ -5,7 +5,7 @@ of variable size, then the values of all columns. `index.json` names columns, en
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,7 @@ from micro_diffusion.data.records import Encoded, Record, Rejected
 from micro_diffusion.data.sources.tables import CAPTION_COLUMNS, captions_of
 from micro_diffusion.runtime.files import UserError
 
-DECODERS: dict[str, Callable[[bytes], Any]] = {
-    "str": bytes,
-    "bytes": bytes,
-    "jpeg": bytes,
-    "png": bytes,
-    "json": json.loads,
-}
+PLAIN = ("str", "bytes", "jpeg", "png")
 CAPTIONS = (*CAPTION_COLUMNS, "json")  # the last one for COCO
 
 
@@ -61,8 +55,9 @@ def _samples(path: Path, shard: dict[str, Any]) -> Iterator[dict[str, Any]]:
         place, values = 4 * sum(size is None for *_, size in columns), {}
         for name, encoding, size in columns:
             length = next(sizes) if size is None else size
-            if encoding in DECODERS:
-                values[name] = DECODERS[encoding](sample[place : place + length])
+            if encoding in (*PLAIN, "json"):
+                value = sample[place : place + length]
+                values[name] = value if encoding in PLAIN else json.loads(value)
             place += length
         yield values
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock
 from PIL import Image
 
-from micro_diffusion.data.fetch import DOWNLOADS, HUB, ahead, expand, fetch, fetch_all
+from micro_diffusion.data.fetch import DOWNLOADS, HUB, expand, fetch, fetch_all, one_ahead
 from micro_diffusion.data.records import Record, Rejected, decode_image, hash_share
 from micro_diffusion.data.sources.archives import caption_index, entries, picture_records
 from micro_diffusion.data.sources.tables import hub_records
@@ -50,7 +50,7 @@ def sa1b(
     lookup = caption_index(
         downloads, table, lambda: ((Path(n).name, read()) for n, read in entries(fetch(table, downloads)))
     )
-    tars = ahead(partial(_shrunk, name, link.strip(), downloads) for name, link in links)
+    tars = one_ahead(partial(_shrunk, name, link.strip(), downloads) for name, link in links)
     return picture_records(tars, "sa1b", lambda name: lookup(f"{Path(name).stem}.txt"), absent="without LLaVA caption")
 
 

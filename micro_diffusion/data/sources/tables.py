@@ -1,8 +1,9 @@
-"""Tables of pictures and captions: CSV, JSONL or Parquet with file names or the pictures themselves, and hub data."""
+"""Folders and tables of pictures and captions: CSV, JSONL or Parquet with file names or pictures, and hub data."""
 
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,34 @@ CAPTION_COLUMNS = ("caption", "text", "captions", "prompt", "reference_strs", "c
 
 Row = tuple[str | bytes, tuple[Caption, ...]]  # file name or content of a picture, captions
 Table = tuple[list[str], Iterable[dict[str, Any]]]  # names of the columns, rows
+
+
+def folder_records(address: Path | str, *, table: Path | str | None = None) -> Iterator[Record]:
+    """Records of the folder's pictures, subfolders included, sorted by name; or of the table's rows, in their order.
+
+    A table has one column of file names relative to the folder (`file_name`, `image` or `path`) and one of captions
+    (`caption`, `text` or `captions`; JSONL and Parquet may hold lists). Raises `UserError` at once for one of no use.
+    """
+    folder = Path(address)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the folder that holds the pictures.")
+    rows = _beside(folder) if table is None else rows_of(Path(table))
+    return (row_record(row, f"{number:08}", folder=folder, source=folder.name) for number, row in enumerate(rows))
+
+
+def _beside(folder: Path) -> Iterator[tuple[str, tuple[Caption, ...]]]:
+    names = sorted(
+        Path(parent, file).relative_to(folder).as_posix() for parent, _, fs in os.walk(folder) for file in fs
+    )
+    kinds = Counter(Path(name).suffix.lower() or "without ending" for name in names)
+    there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    pictures = [name for name in names if name.lower().endswith(PICTURES)]
+    if not pictures:
+        raise UserError(f"There is no picture in {folder} ({' '.join(PICTURES)}); it holds {there}.")
+    if ".txt" not in kinds:
+        raise UserError(f"{folder} has no captions: put name.txt beside name.png, or name a table; it holds {there}.")
+    texts = [(name, (folder / name).with_suffix(".txt")) for name in pictures]
+    return ((name, (Caption(text.read_bytes()),) if text.exists() else ()) for name, text in texts)
 
 
 def table_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Iterator[Record]:
@@ -126,16 +155,15 @@ def _read_parquet(table: Path) -> Table:
         raise UserError(f"{table} is not a Parquet file: {error}.") from error
     columns: list[str] = file.schema_arrow.names
     wanted = [name for name in columns if name in IMAGE_COLUMNS + CAPTION_COLUMNS]
-
-    strings = [name for name in wanted if pa.types.is_string(file.schema_arrow.field(name).type)]
+    fields = [file.schema_arrow.field(name) for name in wanted]
+    strings = {field.name for field in fields if pa.types.is_string(field.type)}
+    # as bytes: one string that is not UTF-8 must not end the reading
+    schema = pa.schema([field.with_type(pa.binary()) if field.name in strings else field for field in fields])
 
     def rows() -> Iterator[dict[str, Any]]:
         for batch in file.iter_batches(256, columns=wanted):
-            for name in strings:  # as bytes: one string that is not UTF-8 must not end the reading
-                index = batch.schema.get_field_index(name)
-                batch = batch.set_column(index, name, batch.column(index).cast(pa.binary()))
-            for row in batch.to_pylist():
-                yield row | {name: os.fsdecode(row[name] or b"") for name in strings if name in IMAGE_COLUMNS}
+            for row in batch.select(wanted).cast(schema).to_pylist():
+                yield row | {name: os.fsdecode(row[name] or b"") for name in strings.intersection(IMAGE_COLUMNS)}
 
     return columns, rows()
 

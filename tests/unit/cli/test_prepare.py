@@ -1,11 +1,13 @@
 """Which records a command line asks for."""
 
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 
-from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.prepare import Prepare, SourceOptions
+from micro_diffusion.data.captions import CAPTION_RULES
 from micro_diffusion.runtime.files import UserError
 
 
@@ -50,3 +52,12 @@ def test_a_missing_folder_names_what_there_is(tmp_path: Path) -> None:
 def test_a_setting_that_does_nothing_is_an_error(source: str, settings: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Prepare(source, Path("store"), **settings).records()
+
+
+def test_every_caption_rule_can_be_chosen() -> None:
+    assert set(get_args(get_type_hints(SourceOptions)["caption_rule"])) == set(CAPTION_RULES)
+
+
+def test_options_are_those_that_were_changed() -> None:
+    options = SourceOptions(min_size=3, validation=0.0, caption_rule="light")
+    assert options.chosen == {"min_size": 3, "validation": 0.0}

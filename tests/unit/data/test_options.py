@@ -36,8 +36,22 @@ def test_int8_store_reads_almost_the_same(world, tmp_path):
     )
     one, two = exact.batch(0, 20), small.batch(0, 20)
     assert one.keys == two.keys and torch.equal(one.text_mask, two.text_mask) and torch.equal(one.latents, two.latents)
-    worst = (one.text - two.text).abs().amax(-1) / one.text.abs().amax(-1).clamp(min=1)
+    assert two.text.dtype == torch.int8  # the device multiplies
+    states = two.text.float() * two.text_scale.float()[..., None]
+    worst = (one.text - states).abs().amax(-1) / one.text.abs().amax(-1).clamp(min=1)
     assert 0 < worst.max() < 0.6 / 127
+
+
+def test_stores_of_both_types_are_read_together(world, tmp_path):
+    stores = [world.store(tmp_path / "a", rows=20)]
+    info = replace(world.info(), dtypes={"latents": "float16", "text": "int8"})
+    stores.append(world.store(tmp_path / "b", rows=20, first=100, info=info))
+    batch = Loader(stores, resolution=16, text_encoder="letters", seed=3).batch(0, 30)
+    states = batch.text.float() * batch.text_scale.float()[..., None]
+    for key, row, mask in zip(batch.keys, states, batch.text_mask, strict=True):
+        number = key.removeprefix("key-")
+        said = "".join(map(chr, row[mask, 0].round().int().tolist()))
+        assert said.startswith("c" * (int(number) % 5) + number)
 
 
 def test_paper_shapes_take_at_most_62_percent(tmp_path, world):

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from micro_diffusion.data.store import RowWriter, Store, StoreInfo, read_stream, text_file, to_json
+from micro_diffusion.data.store import Store, StoreInfo, lists, read_stream, text_file, to_json
 from micro_diffusion.runtime.files import UserError
 
 
@@ -64,20 +64,15 @@ def test_datasets_opens_each_file(world, tmp_path):
 
 
 def test_record_batches_are_small(world, tmp_path):
-    with RowWriter(tmp_path / "latents-8.arrow", world.info()) as writer:
-        for number in range(600):
-            writer.write(np.full(number % 3, number, np.float16), 1, number % 3)
-    table = read_stream(tmp_path / "latents-8.arrow")
-    assert [len(batch) for batch in table.to_batches()] == [256, 256, 88]
-    assert table["latents"].to_pylist() == [[float(number)] * (number % 3) for number in range(600)]
+    world.store(tmp_path, rows=300, rows_per_part=300, batch_size=290)
+    for file in (tmp_path / "part-00000").glob("*.arrow"):
+        assert [len(batch) for batch in read_stream(file).to_batches()] == [256, 34, 10]
 
 
-def test_record_batches_hold_few_values(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("micro_diffusion.data.store.MAX_VALUES_PER_BATCH", 10)
-    with RowWriter(tmp_path / "latents-8.arrow", world.info()) as writer:
-        for _ in range(5):
-            writer.write(np.zeros(4, np.float16), 2, 2)
-    assert [len(batch) for batch in read_stream(tmp_path / "latents-8.arrow").to_batches()] == [2, 2, 1]
+def test_lists_and_their_limit():
+    assert lists(np.arange(5), [2, 0, 3]).to_pylist() == [[0, 1], [], [2, 3, 4]]
+    with pytest.raises(UserError, match="smaller --batch-size"):
+        lists(np.zeros(0), [2**30, 2**30])
 
 
 def test_store_json_comes_back(world, tmp_path):

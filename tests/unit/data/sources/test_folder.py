@@ -8,7 +8,7 @@ from pyarrow import parquet
 from micro_diffusion.data.captions import clean_captions, light
 from micro_diffusion.data.records import Record, Rejected, hash_share, hold_out
 from micro_diffusion.data.sources import SOURCES
-from micro_diffusion.data.sources.folder import folder_records
+from micro_diffusion.data.sources.tables import folder_records
 from micro_diffusion.runtime.files import UserError
 
 
