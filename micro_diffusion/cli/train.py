@@ -14,6 +14,7 @@ from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -42,6 +43,10 @@ class Train:
     """Change the recipe, as in --set seed=1 stages.0.images=64000."""
     start_from: Annotated[Path | None, arg(metavar="NAME_OR_PATH")] = None
     """Fine-tune this checkpoint: its model, encoders and objective replace the recipe's (docs/models.md)."""
+    price: float | None = None
+    """Dollars for an hour of one GPU, to count what the run costs; default: typical of the GPU; 0 counts none."""
+    wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
+    """Also log to this project at Weights & Biases (pip install 'micro-diffusion[wandb]')."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
@@ -50,7 +55,9 @@ class Train:
         recipe, weights = override(find_recipe(self.recipe), changes), None
         if self.start_from:
             recipe, weights = fine_tuning(recipe, self.start_from.as_posix(), run=self.run, changes=changes)
-        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights)
+        train_recipe(
+            recipe, self.store, self.run, device=self.device, weights=weights, price=self.price, wandb=self.wandb
+        )
         print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
 
 
@@ -155,7 +162,14 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
+    recipe: "Recipe",
+    folders: Sequence[str],
+    run: Path,
+    *,
+    device: str,
+    weights: "Mapping[str, Tensor] | None" = None,
+    price: float | None = None,
+    wandb: str | None = None,
 ) -> None:
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require
@@ -163,7 +177,7 @@ def train_recipe(
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
-    from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
+    from micro_diffusion.training.hooks import Costs, Hook, Progress, Samples, TensorBoard, WandB
     from micro_diffusion.training.loop import Interrupted, train
 
     if not folders:
@@ -171,10 +185,10 @@ def train_recipe(
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
     autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
     text_encoder = load_text_encoder(recipe.text_encoder, device=chosen)
-    resolutions = sorted({stage.resolution for stage in recipe.stages})
-    for resolution in resolutions:
+    having = by_resolution(recipe, stores)
+    for resolution, some in having.items():
         require(
-            stores, resolution=resolution, text_encoder=recipe.text_encoder,
+            some, resolution=resolution, text_encoder=recipe.text_encoder,
             autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256,
         )  # fmt: skip
     check_widths(recipe, autoencoder, text_encoder)
@@ -182,21 +196,23 @@ def train_recipe(
     def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
         return {
             resolution: Loader(
-                stores,
+                [store for store in some if store in stores],
                 resolution=resolution,
                 text_encoder=recipe.text_encoder,
                 seed=recipe.seed,
                 split=split,
                 text_length=recipe.text_length,
             )
-            for resolution in resolutions
+            for resolution, some in having.items()
+            if any(store in stores for store in some)
         }
 
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
     captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    board = TensorBoard(run / "tensorboard")
+    boards: list[Hook] = [TensorBoard(run / "tensorboard"), *([WandB(wandb, run, recipe=recipe)] if wandb else [])]
+    costs = Costs(run / "log.jsonl", price=find_price(price, chosen))
     draw = sampler(recipe, autoencoder, text_encoder, captions)
-    samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
+    samples = Samples(draw, run / "samples", every=recipe.sample_every, boards=boards)
     try:
         train(
             recipe,
@@ -206,12 +222,42 @@ def train_recipe(
             downscale=autoencoder.downscale,
             device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=(Progress(recipe.images), board, samples),
+            hooks=(costs, Progress(recipe.images), *boards, samples),
             weights=weights,
         )
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+
+
+def by_resolution(recipe: "Recipe", stores: "Sequence[Store]") -> "dict[int, list[Store]]":
+    """The stores that feed each resolution of the recipe: those that hold it; one that holds none of them is kept."""
+    wanted = sorted({stage.resolution for stage in recipe.stages})
+    having = {}
+    for resolution in wanted:
+        some = [s for s in stores if resolution in s.info.resolutions or not {*wanted} & {*s.info.resolutions}]
+        having[resolution] = some or list(stores)
+        for store in stores:
+            if store not in having[resolution]:
+                print(
+                    f"{store.path} has no latents at {resolution} px: other stores feed those stages.", file=sys.stderr
+                )
+    return having
+
+
+def find_price(price: float | None, device: "torch.device") -> float | None:
+    """What an hour of one device costs, as given or as known; says which."""
+    from micro_diffusion.runtime.hardware import gpu_of
+
+    if price is not None and price < 0:
+        raise UserError("--price must not be negative; 0 counts no dollars.")
+    if price is None and (gpu := gpu_of(device)):
+        price = gpu.price
+        print(
+            f"Counting {price:.2f} dollars an hour for a GPU, typical in spring 2026: --price is yours.",
+            file=sys.stderr,
+        )
+    return price or None
 
 
 def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:

@@ -43,25 +43,11 @@ def paper_37m() -> Recipe:
         start="all_but_schedule", ema_halflife_images=halflife(0.9975), ema_start_images=1_000 * BATCH,
     )  # fmt: skip
     return Recipe(
-        name="paper-37m",
-        model=PRESETS["MicroDiT_XL_2"](in_channels=4, caption_channels=1024, text_mask="none"),
-        stages=(first, second, third, fourth),
-        sigma_data=0.9,
-        caption_dropout=0.1,
-        weight_decay=0.1,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        seed=18,
-        autoencoder=SDXL,
-        text_encoder=DFN5B,
-        text_length=77,
-        precision="bf16",
-        compile=True,
-        log_every=50 * BATCH,
-        checkpoint_every=1_000 * BATCH,
-        sample_every=2_500 * BATCH,
-        validate_every=2_500 * BATCH,
-    )
+        name="paper-37m", model=PRESETS["MicroDiT_XL_2"](), stages=(first, second, third, fourth),
+        sigma_data=0.9, caption_dropout=0.1, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8, seed=18,
+        autoencoder=SDXL, text_encoder=DFN5B, text_length=77, precision="bf16", compile=True,
+        log_every=50 * BATCH, checkpoint_every=1_000 * BATCH, sample_every=2_500 * BATCH, validate_every=2_500 * BATCH,
+    )  # fmt: skip
 
 
 def paper_22m() -> Recipe:

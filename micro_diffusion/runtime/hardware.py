@@ -1,16 +1,16 @@
 """What GPUs can do and what they cost: peaks from the makers' data sheets, typical prices. An unknown GPU has none."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU by the names that `torch.cuda.get_device_name` gives it, without the maker's.
+class Gpu(NamedTuple):
+    """A GPU by the names that `torch.cuda.get_device_name` gives it, without "NVIDIA".
 
     Peaks are dense (no sparsity), in TFLOP/s: `half` of bf16 with float32 sums, or of float16 where there is no bf16;
-    `single` of float32 as this package runs it, in TF32 where there is that.
+    `single` of float32 as this package runs it, in TF32 where there is that. `price` is in dollars an hour, on demand:
+    typical of specialised clouds in spring 2026 and rounded; offers vary widely.
     """
 
     names: tuple[str, ...]
@@ -18,7 +18,6 @@ class Gpu:
     single: float
     memory_gb: int
     price: float
-    """Dollars an hour, rented on demand: typical of specialised clouds in spring 2026, rounded; offers vary widely."""
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at "bf16" or "float32"."""
@@ -47,6 +46,11 @@ GPUS = {
 def find_gpu(name: str) -> Gpu | None:
     """The GPU that the driver calls by this very name; None for one that is not listed: a guess would mislead."""
     return next((gpu for gpu in GPUS.values() if name.removeprefix("NVIDIA ") in gpu.names), None)
+
+
+def device_count() -> int:
+    """Devices of this run: one for each of its processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def gpu_of(device: torch.device) -> Gpu | None:

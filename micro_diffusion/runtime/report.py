@@ -4,10 +4,12 @@ import base64
 import html
 import io
 import math
+import re
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import torch
 from jaxtyping import Float
@@ -245,6 +247,31 @@ def curve_svg(
         out += [line(f"M{legend:.0f} 42h18", f'{colour} stroke-width="3"'), text(legend + 24, 46, name)]
         legend += 48 + 7 * len(name)
     return "\n".join([*out, "</svg>"])
+
+
+def curve_png(svg: str, *, scale: int = 2) -> Image.Image:
+    """What `curve_svg` wrote, as a picture; it knows the few shapes that are used there."""
+    root = ElementTree.fromstring(svg)
+    width, height = (int(side) * scale for side in root.attrib["viewBox"].split()[2:])
+    sheet, font = Image.new("RGB", (width, height), PAPER), ImageFont.load_default(FONT_SIZE * scale)
+    draw = ImageDraw.Draw(sheet)
+    for shape in root:
+        kind, at = shape.tag.rpartition("}")[2], shape.attrib
+        if kind == "polyline":
+            points = [float(number) * scale for number in at["points"].replace(",", " ").split()]
+            draw.line(points, at["stroke"], 2 * scale, joint="curve")
+        elif kind == "path":  # "M x y", then "H x", "V y" or "h dx"
+            x, y, to = (float(number) * scale for number in re.findall(r"[\d.]+", at["d"]))
+            end = (x, to) if "V" in at["d"] else (to if "H" in at["d"] else x + to, y)
+            draw.line([(x, y), end], at.get("stroke", "#d8dbe2"), scale * int(at.get("stroke-width", 1)))
+        elif kind == "text" and "transform" in at:  # the label of the upright axis
+            strip = Image.new("RGB", (height, 2 * FONT_SIZE * scale), PAPER)
+            ImageDraw.Draw(strip).text((height / 2, 0), shape.text or "", INK, font, "ma")
+            sheet.paste(strip.rotate(90, expand=True), (2 * scale, 18 * scale))
+        elif kind == "text":
+            anchor = {"middle": "ms", "end": "rs"}.get(at.get("text-anchor", ""), "ls")
+            draw.text((float(at["x"]) * scale, float(at["y"]) * scale), shape.text or "", INK, font, anchor)
+    return sheet
 
 
 def paragraph(text: str) -> str:

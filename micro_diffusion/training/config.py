@@ -199,13 +199,18 @@ class Recipe:
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """One line for each setting that two recipes do not share: `stages.0.learning_rate: 0.001 here, 0.002 there`."""
-    here, there = _flat(json.loads(ours.to_json())), _flat(json.loads(theirs.to_json()))
+    here, there = flat(ours), flat(theirs)
     missing = object()
     return [
         f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} there"
         for key in dict.fromkeys([*here, *there])
         if here.get(key, missing) != there.get(key, missing)
     ]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    return _flat(json.loads(recipe.to_json()))
 
 
 def require(condition: bool, message: str) -> None:

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, distributed
+from torch import Tensor
 
 from micro_diffusion.models.flops import forward_flops
-from micro_diffusion.runtime.hardware import gpu_of
+from micro_diffusion.runtime.hardware import device_count, gpu_of
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.optim import Step
 from micro_diffusion.training.stages import State
@@ -65,7 +65,6 @@ class Meter:
         skipped, now = int(state.skipped), time.monotonic()
         elapsed = now - self.since
         speed = self.flops(state.images - self.images, state.images) / elapsed
-        peak = self.peak and self.peak * (distributed.get_world_size() if distributed.is_initialized() else 1)
         return {
             "images": state.images,
             "stage": self.recipe.stages[state.stage].name,
@@ -74,7 +73,7 @@ class Meter:
             "learning_rate": rate,
             "skipped": skipped,
             "images_per_second": self.images / elapsed,
-            "utilisation": speed / peak if peak else None,
+            "utilisation": speed / (self.peak * device_count()) if self.peak else None,
             "seconds": now - self.started,
             "seconds_left": self.flops(state.images, self.recipe.images) / speed,
             **{f"loss/level_{i}": levels[2 * i] / n if (n := levels[2 * i + 1]) else None for i in range(LEVELS)},
