@@ -162,15 +162,9 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe",
-    folders: Sequence[str],
-    run: Path,
-    *,
-    device: str,
-    weights: "Mapping[str, Tensor] | None" = None,
-    price: float | None = None,
-    wandb: str | None = None,
-) -> None:
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str,
+    weights: "Mapping[str, Tensor] | None" = None, price: float | None = None, wandb: str | None = None,
+) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import Loader, require
     from micro_diffusion.data.store import Store
@@ -195,17 +189,13 @@ def train_recipe(
 
     def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
         return {
-            resolution: Loader(
-                [store for store in some if store in stores],
-                resolution=resolution,
-                text_encoder=recipe.text_encoder,
-                seed=recipe.seed,
-                split=split,
-                text_length=recipe.text_length,
+            size: Loader(
+                kept, resolution=size, text_encoder=recipe.text_encoder, seed=recipe.seed,
+                split=split, text_length=recipe.text_length,
             )
-            for resolution, some in having.items()
-            if any(store in stores for store in some)
-        }
+            for size, some in having.items()
+            if (kept := [store for store in some if store in stores])
+        }  # fmt: skip
 
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
     captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
@@ -231,32 +221,25 @@ def train_recipe(
 
 
 def by_resolution(recipe: "Recipe", stores: "Sequence[Store]") -> "dict[int, list[Store]]":
-    """The stores that feed each resolution of the recipe: those that hold it; one that holds none of them is kept."""
-    wanted = sorted({stage.resolution for stage in recipe.stages})
-    having = {}
-    for resolution in wanted:
-        some = [s for s in stores if resolution in s.info.resolutions or not {*wanted} & {*s.info.resolutions}]
-        having[resolution] = some or list(stores)
-        for store in stores:
-            if store not in having[resolution]:
-                print(
-                    f"{store.path} has no latents at {resolution} px: other stores feed those stages.", file=sys.stderr
-                )
+    """The stores that feed each resolution of the recipe; one that holds none of them is kept, for `require`."""
+    sizes = sorted({stage.resolution for stage in recipe.stages})
+    having = {size: [s for s in stores if size in s.info.resolutions] or list(stores) for size in sizes}
+    having[sizes[0]] += [s for s in stores if not any(s in some for some in having.values())]
+    for size, some in having.items():
+        for store in {*map(str, (s.path for s in stores))} - {str(s.path) for s in some}:
+            print(f"The stages at {size} px go without {store}, which has no such latents.", file=sys.stderr)
     return having
 
 
 def find_price(price: float | None, device: "torch.device") -> float | None:
-    """What an hour of one device costs, as given or as known; says which."""
+    """Dollars for an hour of a GPU, as given or as typical; says which."""
     from micro_diffusion.runtime.hardware import gpu_of
 
-    if price is not None and price < 0:
-        raise UserError("--price must not be negative; 0 counts no dollars.")
     if price is None and (gpu := gpu_of(device)):
         price = gpu.price
-        print(
-            f"Counting {price:.2f} dollars an hour for a GPU, typical in spring 2026: --price is yours.",
-            file=sys.stderr,
-        )
+        print(f"Dollars are counted at {price:.2f} an hour for a GPU, unless --price says more.", file=sys.stderr)
+    if price is not None and price < 0:
+        raise UserError("--price must not be negative; 0 counts no dollars.")
     return price or None
 
 

@@ -7,10 +7,6 @@ from micro_diffusion.recipes.paper import paper_22m, paper_37m, paper_37m_16_cha
 from micro_diffusion.training.config import Recipe
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    "quickstart": quickstart,
-    "emoji": emoji,
-    "paper-22m": paper_22m,
-    "paper-37m": paper_37m,
-    "paper-37m-16-channels": paper_37m_16_channels,
-    "paper-synthetic": paper_synthetic,
-}
+    "quickstart": quickstart, "emoji": emoji, "paper-22m": paper_22m, "paper-37m": paper_37m,
+    "paper-37m-16-channels": paper_37m_16_channels, "paper-synthetic": paper_synthetic,
+}  # fmt: skip

@@ -43,16 +43,12 @@ GPUS = {
 }
 
 
-def find_gpu(name: str) -> Gpu | None:
-    """The GPU that the driver calls by this very name; None for one that is not listed: a guess would mislead."""
-    return next((gpu for gpu in GPUS.values() if name.removeprefix("NVIDIA ") in gpu.names), None)
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU that the driver calls by such a name; None for a CPU, and for one not listed: a guess would mislead."""
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else ""
+    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
 
 
 def device_count() -> int:
     """Devices of this run: one for each of its processes."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU behind a device; None for a CPU and for one that is not listed."""
-    return find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

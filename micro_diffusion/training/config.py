@@ -72,12 +72,9 @@ class Stage:
         if self.micro_batch:
             need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
             need(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
-        need(all(0 <= ratio < 1 for _, _, ratio in self.mask_spans), "mask_ratio must be at least 0 and below 1")
-        need(
-            all(start < stop for start, stop, _ in self.mask_spans),
-            "mask_schedule must rise, from 0 to the stage's end",
-        )
-        for start, _, _ in self.mask_spans:
+        for start, stop, ratio in self.mask_spans:
+            need(0 <= ratio < 1, "mask_ratio must be at least 0 and below 1")
+            need(start < stop, "mask_schedule must rise, from 0 to the stage's end")
             need(start % self.batch_size == 0, f"mask_schedule changes between batches: {start} is within one")
         for (*_, before), (start, _, ratio) in itertools.pairwise(self.mask_spans):
             need(ratio != before, f"mask_schedule does nothing at {start}: the ratio is {ratio} already")

@@ -1,9 +1,20 @@
 """Names as drivers report them; data sheets' numbers, written down a second time."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from micro_diffusion.runtime.hardware import GPUS, find_gpu, gpu_of
+from micro_diffusion.runtime.hardware import GPUS, Gpu, gpu_of
+
+
+@pytest.fixture
+def find_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Gpu | None]:
+    def find(name: str) -> Gpu | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        return gpu_of(torch.device("cuda"))
+
+    return find
 
 
 @pytest.mark.parametrize(
@@ -26,7 +37,7 @@ from micro_diffusion.runtime.hardware import GPUS, find_gpu, gpu_of
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )
-def test_known_names(name: str, key: str) -> None:
+def test_known_names(find_gpu: Callable[[str], Gpu | None], name: str, key: str) -> None:
     assert find_gpu(name) is GPUS[key]
 
 
@@ -37,7 +48,7 @@ def test_known_names(name: str, key: str) -> None:
         "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "NVIDIA GH200 480GB", "NVIDIA L40", "NVIDIA H20", "AMD Radeon", "",
     ],
 )  # fmt: skip
-def test_a_relative_of_a_known_gpu_is_unknown(name: str) -> None:
+def test_a_relative_of_a_known_gpu_is_unknown(find_gpu: Callable[[str], Gpu | None], name: str) -> None:
     assert find_gpu(name) is None
 
 
