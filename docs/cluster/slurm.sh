@@ -19,6 +19,8 @@ set -euo pipefail
 
 recipe=$1 run=$2
 shift 2
+stores=()
+for store in "$@"; do stores+=(--store "$store"); done
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 # torchrun's own patience is 30 seconds, less than a save may take
 
@@ -29,7 +31,7 @@ trap 'again=yes' TERM                                          # preempted: Slur
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    -m micro_diffusion train "$recipe" --run "$run" --store "$@" --parallel hybrid --deadline 90 &
+    -m -- micro_diffusion train "$recipe" --run "$run" "${stores[@]}" --parallel hybrid --deadline 90 &
 step=$! code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do # a trapped signal ends `wait` before the step has ended

@@ -34,7 +34,7 @@ class Train:
     """Train a recipe on latent stores. The same command, run again, goes on where it stopped."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """A recipe's name (quickstart, emoji), a recipe.json, or file.py:function."""
+    """A recipe's name (quickstart, emoji, paper-37m, ...), a recipe.json, or file.py:function."""
     store: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="STORE")]
     """A store made by prepare, here or at an address (docs/data.md); several are mixed by their size."""
     run: Annotated[Path, arg(metavar="RUN")]

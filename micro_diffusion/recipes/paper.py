@@ -22,7 +22,7 @@ def paper_37m() -> Recipe:
     pictures of 512 px and more. A stage is fed by the stores that hold its resolution. The averages of the weights are
     those that the paper's configuration lists and its script ignored. Half a learning rate for experts is left out: the
     paper intends it, its script never applied it.
-    Command: torchrun --nproc-per-node 8 -m micro_diffusion train paper-37m --store STORE ... --run RUN
+    Command: torchrun --nproc-per-node 8 -m -- micro_diffusion train paper-37m --run RUN --store STORE --store ...
     """
     first = Stage(
         name="256 px masked", resolution=256, images=250_000 * BATCH, batch_size=BATCH, micro_batch=256,
@@ -53,7 +53,7 @@ def paper_37m() -> Recipe:
 def paper_22m() -> Recipe:
     """The real images alone, CC12M, SA1B and TextCaps: FID-30K on COCO 12.72, GenEval 0.46; cost as `paper_37m`.
 
-    Command: torchrun --nproc-per-node 8 -m micro_diffusion train paper-22m --store STORE ... --run RUN
+    Command: torchrun --nproc-per-node 8 -m -- micro_diffusion train paper-22m --run RUN --store STORE --store ...
     """
     return replace(paper_37m(), name="paper-22m")
 
@@ -61,16 +61,16 @@ def paper_22m() -> Recipe:
 def paper_37m_16_channels() -> Recipe:
     """Latents of 16 channels from Ostris's autoencoder: FID-30K on COCO 13.04, GenEval 0.40; cost as `paper_37m`.
 
-    Command: torchrun --nproc-per-node 8 -m micro_diffusion train paper-37m-16-channels --store STORE ... --run RUN
+    Command: torchrun --nproc-per-node 8 -m -- micro_diffusion train paper-37m-16-channels --run RUN --store STORE ...
     """
-    base = paper_37m()
-    return replace(base, name="paper-37m-16-channels", model=replace(base.model, in_channels=16), autoencoder=OSTRIS)
+    model = PRESETS["MicroDiT_XL_2"](in_channels=16)
+    return replace(paper_37m(), name="paper-37m-16-channels", model=model, autoencoder=OSTRIS)
 
 
 def paper_synthetic() -> Recipe:
-    """490 M synthetic images: FID-30K on COCO 13.26, GenEval 0.52; cost as `paper_37m`, where stages are the same.
+    """490 M synthetic images: FID-30K on COCO 13.26, GenEval 0.52; stages as in `paper_37m`, cost not reported.
 
-    Command: torchrun --nproc-per-node 8 -m micro_diffusion train paper-synthetic --store STORE ... --run RUN
+    Command: torchrun --nproc-per-node 8 -m -- micro_diffusion train paper-synthetic --run RUN --store STORE ...
     """
     return replace(paper_37m(), name="paper-synthetic")
 

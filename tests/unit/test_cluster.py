@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tyro
 import yaml
 from torch.distributed.run import get_args_parser
 
 from micro_diffusion.cli import main as cli
+from micro_diffusion.cli.train import Train
 
 FOLDER = Path(__file__).parents[2] / "docs" / "cluster"
 PARALLEL = {"--parallel", "--deadline", "--keep", "--keep-every"}  # these come together
@@ -32,12 +34,20 @@ def train_flags(capsys: pytest.CaptureFixture[str]) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", capsys.readouterr().out))
 
 
-def flags(text: str) -> tuple[set[str], set[str]]:
-    """Flags given to torchrun, and to `micro-diffusion train`."""
-    command = re.sub(r"\\\n", " ", text).partition("torchrun ")[2].partition("\n")[0]
-    launcher, found, train = command.partition("-m micro_diffusion train")
-    assert found
-    return tuple(set(re.findall(r"(?<!\S)--[a-z][a-z-]*", part)) for part in (launcher, train))  # type: ignore[return-value]
+def stand_in(folder: Path, **commands: str) -> None:
+    """Commands of those names that do what the bash says."""
+    for name, body in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {
+        "PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
+        "SLURM_JOB_NODELIST": "one,two", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8", "SKYPILOT_NODE_IPS": "10.0.0.1",
+        "RECIPE": "emoji", "STORES": "a b", "PRICE": "1.50",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["slurm", "sky run", "sky setup"])
@@ -47,12 +57,25 @@ def test_bash_can_read_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["slurm", "sky run"])
-def test_every_flag_exists(name: str, train_flags: set[str]) -> None:
-    launcher, train = flags(scripts()[name])
-    assert {"--store", "--run"} <= train
-    known = {option for action in get_args_parser()._actions for option in action.option_strings}
-    assert launcher <= known
-    assert train - train_flags <= (PARALLEL if not PARALLEL & train_flags else set())
+def test_what_is_called_has_those_flags(name: str, train_flags: set[str], tmp_path: Path) -> None:
+    stand_in(tmp_path, scontrol="echo one", srun='shift; "$@"', torchrun='printf "%s\\n" "$@" > called')
+    subprocess.run(
+        ["bash", "-s", "emoji", "run", "a", "b"],
+        input=scripts()[name], text=True, cwd=tmp_path, env=environment(tmp_path), check=True,
+    )  # fmt: skip
+    called = (tmp_path / "called").read_text().splitlines()
+    launcher = get_args_parser().parse_args(called)
+    assert (launcher.training_script, launcher.module) == ("micro_diffusion", True)
+    assert launcher.nproc_per_node == "8"
+    verb, *arguments = launcher.training_script_args
+    assert verb == "train"
+    coming = PARALLEL - train_flags
+    assert coming in (set(), PARALLEL)  # all of them, or not yet
+    for flag in coming & set(arguments):
+        place = arguments.index(flag)
+        arguments[place : place + 2] = []
+    train = tyro.cli(Train, args=arguments)
+    assert train.recipe == "emoji" and list(train.store) == ["a", "b"]
 
 
 def test_the_job_asks_for_its_own_end_and_goes_back_into_the_queue() -> None:
@@ -71,21 +94,15 @@ def test_the_job_asks_for_its_own_end_and_goes_back_into_the_queue() -> None:
 
 def test_a_step_that_saves_on_the_signal_is_waited_for_and_requeued(tmp_path: Path) -> None:
     """The script itself, with stand-ins for Slurm's commands that write down how they are called."""
-    stand_ins = {
-        "scontrol": 'case "$1" in show) echo one;; *) echo "scontrol $*" >> calls;; esac',
-        "scancel": 'echo "scancel $*" >> calls; kill -TERM "$(cat pid)"',
-        "srun": 'echo $$ > pid; trap "sleep 0.2; echo saved >> calls; exit 143" TERM; '
+    stand_in(
+        tmp_path,
+        scontrol='case "$1" in show) echo one;; *) echo "scontrol $*" >> calls;; esac',
+        scancel='echo "scancel $*" >> calls; kill -TERM "$(cat pid)"',
+        srun='echo $$ > pid; trap "sleep 0.2; echo saved >> calls; exit 143" TERM; '
         'kill -USR1 "$PPID"; for i in $(seq 100); do sleep 0.05; done',
-    }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        "PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8",
-        "SLURM_JOB_NODELIST": "one,two",
-    }  # fmt: skip
+    )
     ended = subprocess.run(
-        ["bash", FOLDER / "slurm.sh", "emoji", "run", "store"], cwd=tmp_path, env=environment, timeout=30
+        ["bash", FOLDER / "slurm.sh", "emoji", "run", "store"], cwd=tmp_path, env=environment(tmp_path), timeout=30
     )
     assert ended.returncode == 143
     assert (tmp_path / "calls").read_text().splitlines() == ["scancel --signal=TERM 7.0", "saved", "scontrol requeue 7"]
