@@ -51,4 +51,5 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 def device_count() -> int:
     """Devices of this run: one for each of its processes."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
