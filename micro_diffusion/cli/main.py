@@ -13,18 +13,20 @@ from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.prepare import Prepare
 from micro_diffusion.cli.quickstart import Quickstart
+from micro_diffusion.cli.runs import Runs
 from micro_diffusion.cli.train import Train
 from micro_diffusion.runtime.files import UserError
 
 VERBS = {
-    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "generate": Generate, "export": Export,
+    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "generate": Generate,
+    "export": Export,
 }  # fmt: skip
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Data | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
+    verb: Quickstart | Prepare | Data | Train | Runs | Generate | Export = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",

@@ -16,6 +16,7 @@ from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
     from torch import Tensor
 
@@ -37,7 +38,7 @@ class Train(SourceOptions):
     """Train a recipe on latent stores, or on pictures as they are. The same command, run again, goes on."""
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """A recipe's name (quickstart, emoji), a recipe.json, or file.py:function."""
+    """A recipe's name (quickstart, emoji, paper-37m, ...), a recipe.json, or file.py:function."""
     store: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="STORE")]
     """A store made by prepare, here or at an address (docs/data.md); several are mixed by their size."""
     run: Annotated[Path, arg(metavar="RUN")]
@@ -46,6 +47,10 @@ class Train(SourceOptions):
     """Change the recipe, as in --set seed=1 stages.0.images=64000."""
     start_from: Annotated[Path | None, arg(metavar="NAME_OR_PATH")] = None
     """Fine-tune this checkpoint: its model, encoders and objective replace the recipe's (docs/models.md)."""
+    price: float | None = None
+    """Dollars for an hour of one GPU, to count what the run costs; default: typical of the GPU; 0 counts none."""
+    wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
+    """Also log to this project at Weights & Biases (pip install 'micro-diffusion[wandb]')."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     source: Annotated[str | None, arg(metavar="SOURCE")] = None
@@ -63,7 +68,10 @@ class Train(SourceOptions):
                 f"--{next(iter(self.chosen)).replace('_', '-')} does nothing without --source: a store has its own."
             )
         stream = partial(self.stream, self.source) if self.source else None
-        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, stream=stream)
+        train_recipe(
+            recipe, self.store, self.run, device=self.device, weights=weights, stream=stream,
+            price=self.price, wandb=self.wandb,
+        )  # fmt: skip
         print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
 
 
@@ -169,7 +177,7 @@ def _value(text: str) -> Any:
 
 def train_recipe(
     recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
-    stream: "Callable[..., Stream] | None" = None,
+    stream: "Callable[..., Stream] | None" = None, price: float | None = None, wandb: str | None = None,
 ) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train."""
     from micro_diffusion.data.loader import require
@@ -177,7 +185,7 @@ def train_recipe(
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
-    from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
+    from micro_diffusion.training.hooks import Costs, Hook, Progress, Samples, TensorBoard, WandB
     from micro_diffusion.training.loop import Interrupted, train
 
     if not folders and not stream:
@@ -185,36 +193,38 @@ def train_recipe(
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
     autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
     text_encoder = load_text_encoder(recipe.text_encoder, device=chosen)
-    resolutions = sorted({stage.resolution for stage in recipe.stages})
-    for resolution in resolutions:
+    having = by_resolution(recipe, stores)
+    for resolution, some in having.items():
         require(
-            stores, resolution=resolution, text_encoder=recipe.text_encoder,
+            some, resolution=resolution, text_encoder=recipe.text_encoder,
             autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256,
         )  # fmt: skip
     check_widths(recipe, autoencoder, text_encoder)
 
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
+    kept = {size: [store for store in some if store in held_out] for size, some in having.items()}
     source = stream(recipe, autoencoder, text_encoder, run=run, device=chosen) if stream else None
     loaders: Mapping[int, Batches]
     if source:
-        loaders = {size: replace(source, resolution=size) for size in resolutions}
+        loaders = {size: replace(source, resolution=size) for size in having}
         captions = source.captions(SAMPLE_PROMPTS)
     else:
-        loaders = open_loaders(recipe, stores, "train")
+        loaders = open_loaders(recipe, having, "train")
         captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    board = TensorBoard(run / "tensorboard")
+    boards: list[Hook] = [TensorBoard(run / "tensorboard"), *([WandB(wandb, run, recipe=recipe)] if wandb else [])]
+    costs = Costs(run / "log.jsonl", price=find_price(price, chosen))
     draw = sampler(recipe, autoencoder, text_encoder, captions)
-    samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
+    samples = Samples(draw, run / "samples", every=recipe.sample_every, boards=boards)
     try:
         train(
             recipe,
             run=run,
             loaders=loaders,
-            validation=open_loaders(recipe, held_out, "validation") if held_out else None,
+            validation=open_loaders(recipe, kept, "validation") if held_out else None,
             downscale=autoencoder.downscale,
             device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=(Progress(recipe.images), board, samples),
+            hooks=(costs, Progress(recipe.images), *boards, samples),
             weights=weights,
         )
     except Interrupted as stopped:
@@ -225,17 +235,41 @@ def train_recipe(
             print(f"  left out: {count:,} ({reason})")
 
 
-def open_loaders(recipe: "Recipe", stores: "Sequence[Store]", split: str) -> "dict[int, Loader]":
-    """A loader for each resolution of the recipe."""
+def open_loaders(recipe: "Recipe", having: "Mapping[int, Sequence[Store]]", split: str) -> "dict[int, Loader]":
+    """A loader for each resolution that stores hold."""
     from micro_diffusion.data.loader import Loader
 
     return {
-        stage.resolution: Loader(
-            stores, resolution=stage.resolution, text_encoder=recipe.text_encoder, seed=recipe.seed, split=split,
+        size: Loader(
+            stores, resolution=size, text_encoder=recipe.text_encoder, seed=recipe.seed, split=split,
             text_length=recipe.text_length,
         )
-        for stage in recipe.stages
+        for size, stores in having.items()
+        if stores
     }  # fmt: skip
+
+
+def by_resolution(recipe: "Recipe", stores: "Sequence[Store]") -> "dict[int, list[Store]]":
+    """The stores that feed each resolution of the recipe; one that holds none of them is kept, for `require`."""
+    sizes = sorted({stage.resolution for stage in recipe.stages})
+    having = {size: [s for s in stores if size in s.info.resolutions] or list(stores) for size in sizes}
+    having[sizes[0]] += [s for s in stores if not any(s in some for some in having.values())]
+    for size, some in having.items():
+        for store in {*map(str, (s.path for s in stores))} - {str(s.path) for s in some}:
+            print(f"The stages at {size} px go without {store}, which has no such latents.", file=sys.stderr)
+    return having
+
+
+def find_price(price: float | None, device: "torch.device") -> float | None:
+    """Dollars for an hour of a GPU, as given or as typical; says which."""
+    from micro_diffusion.runtime.hardware import gpu_of
+
+    if price is None and (gpu := gpu_of(device)):
+        price = gpu.price
+        print(f"Dollars are counted at {price:.2f} an hour for a GPU, unless --price says more.", file=sys.stderr)
+    if price is not None and price < 0:
+        raise UserError("--price must not be negative; 0 counts no dollars.")
+    return price or None
 
 
 def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:

@@ -29,6 +29,8 @@ class Stage:
     micro_batch: int = 0
     """Images of one forward pass; 0 is the whole batch. Changes memory and speed, never the result."""
     mask_ratio: float = 0.0
+    mask_schedule: tuple[tuple[int, float], ...] = ()
+    """Changes of mask_ratio, as (images into the stage, ratio from there on): in steps, each one a compilation."""
     warmup_images: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr_ratio: float = 1.0
@@ -45,6 +47,16 @@ class Stage:
     """Images of this stage after which the average starts, from the weights of that moment."""
     pos_interp_scale: float = 1.0
 
+    @property
+    def mask_spans(self) -> tuple[tuple[int, int, float], ...]:
+        """(first image of the stage, image after the last one, mask ratio between them)."""
+        starts, ratios = zip((0, self.mask_ratio), *self.mask_schedule, strict=True)
+        return tuple(zip(starts, (*starts[1:], self.images), ratios, strict=True))
+
+    def mask_ratio_at(self, images: int) -> float:
+        """The ratio of the step that begins `images` into the stage."""
+        return next(ratio for start, _, ratio in reversed(self.mask_spans) if start <= images)
+
     def validate(self) -> None:
         """Raise UserError for a setting that cannot work or that does nothing."""
 
@@ -60,7 +72,12 @@ class Stage:
         if self.micro_batch:
             need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
             need(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
-        need(0 <= self.mask_ratio < 1, "mask_ratio must be at least 0 and below 1")
+        for start, stop, ratio in self.mask_spans:
+            need(0 <= ratio < 1, "mask_ratio must be at least 0 and below 1")
+            need(start < stop, "mask_schedule must rise, from 0 to the stage's end")
+            need(start % self.batch_size == 0, f"mask_schedule changes between batches: {start} is within one")
+        for (*_, before), (start, _, ratio) in itertools.pairwise(self.mask_spans):
+            need(ratio != before, f"mask_schedule does nothing at {start}: the ratio is {ratio} already")
         need(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
         if self.schedule == "constant":
             need(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
@@ -179,13 +196,18 @@ class Recipe:
 
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """One line for each setting that two recipes do not share: `stages.0.learning_rate: 0.001 here, 0.002 there`."""
-    here, there = _flat(json.loads(ours.to_json())), _flat(json.loads(theirs.to_json()))
+    here, there = flat(ours), flat(theirs)
     missing = object()
     return [
         f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} there"
         for key in dict.fromkeys([*here, *there])
         if here.get(key, missing) != there.get(key, missing)
     ]
+
+
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every setting by its dotted path."""
+    return _flat(json.loads(recipe.to_json()))
 
 
 def require(condition: bool, message: str) -> None:

@@ -51,6 +51,7 @@ def feed(
 def _draw(
     loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
 ) -> Iterator[Examples]:
+    masked = any(ratio for *_, ratio in stage.mask_spans)
     batches = loader.batches(start, stop, stage.batch_size)
     for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
         positions = torch.arange(first, first + len(batch.latents))
@@ -62,6 +63,6 @@ def _draw(
             caption_dropped=draw_uniform(recipe.seed, "caption-dropout", positions) < recipe.caption_dropout,
             sigma_normal=draw_normal(recipe.seed, "sigma", positions),
             noise=draw_normal(recipe.seed, "noise", positions, tuple(batch.latents.shape[1:])),
-            mask_noise=draw_uniform(recipe.seed, "mask", positions, (patches if stage.mask_ratio else 0,)),
+            mask_noise=draw_uniform(recipe.seed, "mask", positions, (patches if masked else 0,)),
         )
         yield Examples(*(column.pin_memory() for column in examples)) if pin else examples

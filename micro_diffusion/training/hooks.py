@@ -1,7 +1,10 @@
-"""What watches a run: the progress line, TensorBoard, validation, sample grids."""
+"""What watches a run: costs, the progress line, TensorBoard, Weights & Biases, validation, sample grids."""
 
+import json
+import secrets
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -12,8 +15,12 @@ from PIL import Image
 
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.runtime.files import UserError, write_atomic
+from micro_diffusion.runtime.hardware import device_count
+from micro_diffusion.runtime.log import read_log
 from micro_diffusion.runtime.random import draw_normal
 from micro_diffusion.training.config import Recipe, Stage
+from micro_diffusion.training.meter import LEVELS
 from micro_diffusion.training.stages import State
 
 if TYPE_CHECKING:
@@ -47,12 +54,33 @@ class Hook:
     def on_row(self, row: Row) -> None:
         """Called with each row of the log."""
 
+    def add_image(self, image: Image.Image, images: int) -> None:
+        """Called with each picture that `Samples` draws."""
+
     def close(self) -> None:
         """Called once, at the end or on an error."""
 
 
+class Costs(Hook):
+    """Hours of all devices, and dollars at `price` for an hour of one; resumed, it goes on from what the log has."""
+
+    def __init__(self, log: Path, *, price: float | None) -> None:
+        self.price, self.since, rows = price, time.monotonic(), read_log(log)  # rows that will be dropped were paid too
+        self.hours, self.dollars = (
+            max([0.0, *(row.get(n) or 0.0 for row in rows)]) for n in ("device_hours", "dollars")
+        )
+
+    def after_step(self, state: State, moment: Moment) -> Row:
+        hours = (time.monotonic() - self.since) / 3600 * device_count()
+        dollars = {"dollars": self.dollars + hours * self.price} if self.price else {}
+        return {"device_hours": self.hours + hours, **dollars}
+
+
 class Progress(Hook):
-    """A line with stage, images/s, loss and time left: redrawn on a terminal, else printed at most every `seconds`."""
+    """A line with stage, images, loss, speed, part of the devices' peak, dollars and time left, where they are known.
+
+    It is redrawn on a terminal, and else printed at most every `seconds`.
+    """
 
     def __init__(self, images: int, *, stream: TextIO | None = None, seconds: float = 10.0) -> None:
         self.images, self.stream, self.seconds = images, stream or sys.stderr, seconds
@@ -61,22 +89,26 @@ class Progress(Hook):
 
     def on_row(self, row: Row) -> None:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        left = format_seconds(row["seconds_left"])
-        text = f"{row['stage']}  {row['images_per_second']:,.0f} images/s  loss {loss}  {left} left"
+        text = f"{row['stage']}  {row['images']:,} of {self.images:,} images  loss {loss}"
+        text += f"  {row['images_per_second']:,.0f} images/s"
+        text += f"  {row['utilisation']:.0%} MFU" if row.get("utilisation") is not None else ""
+        text += f"  ${row['dollars']:,.2f}" if "dollars" in row else ""
+        text += f"  {format_seconds(row['seconds_left'])} left"
         if self.stream.isatty():
             self._redraw(text, row["images"])
         elif row["seconds"] - self._printed >= self.seconds or row["images"] == self.images:
             self._printed = row["seconds"]
-            self.stream.write(f"{row['images']:,} of {self.images:,} images  {text}\n")
+            self.stream.write(f"{text}\n")
             self.stream.flush()
 
     def _redraw(self, text: str, images: int) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+            from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
-            columns = BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.description}")
+            columns = BarColumn(bar_width=12), TextColumn("{task.description}", table_column=Column())  # which may wrap
             self._bar = Bar(*columns, console=Console(file=self.stream))
             self._bar.add_task("", total=self.images)
             self._bar.start()
@@ -115,13 +147,50 @@ class TensorBoard(Hook):
             self._writer.close()
 
 
+class WandB(Hook):
+    """Every number of the log, by images seen, and the samples, as one run of a project at Weights & Biases.
+
+    UserError without its package. Its id is kept in the run folder, so that a resumed run stays one run.
+    """
+
+    def __init__(self, project: str, folder: Path, *, recipe: Recipe) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError("--wandb needs a package: pip install 'micro-diffusion[wandb]'") from error
+        self.wandb, self.project, self.folder, self.recipe = wandb, project, folder, recipe
+        self._run: Any = None
+
+    def run(self) -> Any:
+        """The run; opened at the first use, when its folder is there."""
+        if self._run is None:
+            if not (name := self.folder / "wandb-id").exists():
+                write_atomic(name, secrets.token_hex(4))
+            self._run = self.wandb.init(
+                project=self.project, name=self.folder.name, id=name.read_text(), resume="allow", dir=str(self.folder),
+                config=json.loads(self.recipe.to_json()),
+            )  # fmt: skip
+            self._run.define_metric("*", step_metric="images")  # its own steps cannot go back to a checkpoint
+        return self._run
+
+    def on_row(self, row: Row) -> None:
+        self.run().log({name: value for name, value in row.items() if value is not None})
+
+    def add_image(self, image: Image.Image, images: int) -> None:
+        self.run().log({"images": images, "samples": self.wandb.Image(image)})
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
 class Samples(Hook):
     """Draws a picture with `draw` every `every` images and at the end of each stage, as samples/000001024.png."""
 
     def __init__(
-        self, draw: Callable[[DiT], Image.Image], folder: Path, *, every: int, board: TensorBoard | None = None
+        self, draw: Callable[[DiT], Image.Image], folder: Path, *, every: int, boards: Sequence[Hook] = ()
     ) -> None:
-        self.draw, self.folder, self.every, self.board = draw, folder, every, board
+        self.draw, self.folder, self.every, self.boards = draw, folder, every, boards
 
     @torch.no_grad()
     def after_step(self, state: State, moment: Moment) -> Row:
@@ -129,8 +198,8 @@ class Samples(Hook):
             image = self.draw(state.shown)
             self.folder.mkdir(parents=True, exist_ok=True)
             image.save(self.folder / f"{moment.after:09d}.png")
-            if self.board:
-                self.board.add_image(image, moment.after)
+            for board in self.boards:
+                board.add_image(image, moment.after)
         return {}
 
 
@@ -141,7 +210,6 @@ class Validation(Hook):
     estimates the stage's own unmasked loss.
     """
 
-    LEVELS = 8
     ROWS = 256
 
     def __init__(self, loaders: Mapping[int, Loader], recipe: Recipe) -> None:
@@ -154,7 +222,7 @@ class Validation(Hook):
         loader, stage = self.loaders[moment.stage.resolution], moment.stage
         rows = np.linspace(0, len(loader) - 1, min(self.ROWS, len(loader))).round().astype(int).tolist()
         size = stage.micro_batch or stage.batch_size
-        losses = torch.zeros(self.LEVELS, dtype=torch.float64)
+        losses = torch.zeros(LEVELS, dtype=torch.float64)
         for start in range(0, len(rows), size):
             losses += self._losses(state.shown, loader, rows[start : start + size], stage)
         losses /= len(rows)
@@ -168,10 +236,10 @@ class Validation(Hook):
         device = next(dit.parameters()).device
         latents = batch.latents.to(device)
         network = conditioned(dit, batch.text.to(device), batch.text_mask.to(device), precision=self.recipe.precision)
-        quantiles = torch.special.ndtri((torch.arange(self.LEVELS, dtype=torch.float64) + 0.5) / self.LEVELS).float()
+        quantiles = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS).float()
         sums = []
         for index, quantile in enumerate(quantiles):
-            positions = torch.tensor(rows) * self.LEVELS + index
+            positions = torch.tensor(rows) * LEVELS + index
             noise = draw_normal(self.recipe.seed, "validation-noise", positions, tuple(latents.shape[1:])).to(device)
             level = objective.noise_level(quantile.expand(len(rows))).to(device)
             loss = objective.loss(network, latents, level, noise, patch_size=self.recipe.model.patch_size)

@@ -78,15 +78,17 @@ def train(
                 for batch in batches:
                     # loss, backward
                     loss = torch.zeros((), device=device)
+                    mask_ratio = stage.mask_ratio_at(state.images - (end - stage.images))
                     for part in batch.split(stage.micro_batch):
                         network = conditioned(
                             dit, part.text, part.text_mask,
-                            precision=recipe.precision, mask_ratio=stage.mask_ratio, mask_noise=part.mask_noise,
+                            precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=part.mask_noise,
                         )  # fmt: skip
                         level = objective.noise_level(part.sigma_normal)
                         terms = objective.loss(network, part.latents, level, part.noise, patch_size=patch_size)
                         share = terms.per_image.sum() / stage.batch_size
                         share.backward()
+                        meter.add_levels(part.sigma_normal, terms.per_image)
                         loss += share.detach()
 
                     # guard, clip, step, clock

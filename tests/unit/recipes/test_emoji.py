@@ -12,7 +12,7 @@ def test_recipes_are_valid_and_survive_json(name: str) -> None:
     assert Recipe.from_json(recipe.to_json()) == recipe
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["quickstart", "emoji"])
 def test_the_four_stages_of_the_paper(name: str) -> None:
     stages = RECIPES[name]().stages
     assert [stage.resolution for stage in stages] == [64, 64, 128, 128]

@@ -53,6 +53,13 @@ def test_from_json_of_half_a_recipe() -> None:
         ({"micro_batch": 3}, "must divide"),
         ({"micro_batch": 8}, "does nothing"),
         ({"mask_ratio": 1.0}, "below 1"),
+        ({"mask_schedule": ((16, 1.0),)}, "below 1"),
+        ({"mask_schedule": ((16, 0.25), (8, 0.0))}, "must rise"),
+        ({"mask_schedule": ((0, 0.25),)}, "must rise"),
+        ({"mask_schedule": ((40, 0.25),)}, "must rise"),
+        ({"mask_schedule": ((16, 0.5),)}, "does nothing at 16: the ratio is 0.5 already"),
+        ({"mask_schedule": ((16, 0.25), (24, 0.25))}, "does nothing at 24"),
+        ({"mask_schedule": ((12, 0.25),)}, "12 is within one"),
         ({"warmup_images": 40}, "as long as the stage"),
         ({"final_lr_ratio": 0.5}, "does nothing with a constant schedule"),
         ({"schedule": "cosine"}, "does nothing: use constant"),
@@ -104,6 +111,13 @@ def test_stage_order(recipe: Recipe) -> None:
 def test_clock(recipe: Recipe) -> None:
     assert recipe.ends == (40, 80, 120, 160)
     assert recipe.images == 160
+
+
+def test_mask_schedule(one_stage: Callable[..., Recipe]) -> None:
+    recipe = one_stage(mask_schedule=((16, 0.25), (32, 0.0)))
+    recipe.validate()
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert [recipe.stages[0].mask_ratio_at(images) for images in range(0, 40, 8)] == [0.5, 0.5, 0.25, 0.25, 0.0]
 
 
 def test_resolution_that_does_not_fit(one_stage: Callable[..., Recipe]) -> None:

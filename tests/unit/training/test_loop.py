@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from micro_diffusion.data.loader import Batch, Loader
+from micro_diffusion.models import dit as dit_module
 from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.masking import PatchMask, random_patch_mask
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.log import read_log
 from micro_diffusion.training.config import Recipe
@@ -101,6 +103,43 @@ def test_accumulation_changes_nothing(
     torch.testing.assert_close(whole.weights[40], parts.weights[40], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("ratios", [(0.75, 0.5, 0.0), (0.0, 0.5, 0.75)])
+def test_a_mask_schedule_is_followed(
+    one_stage: Callable[..., Recipe],
+    loaders: dict[int, Loader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ratios: tuple[float, float, float],
+) -> None:
+    drawn = []
+
+    def spy(noise: torch.Tensor, mask_ratio: float) -> PatchMask:
+        drawn.append(mask_ratio)
+        return random_patch_mask(noise, mask_ratio)
+
+    monkeypatch.setattr(dit_module, "random_patch_mask", spy)
+    schedule = tuple(zip((8, 24), ratios[1:], strict=True))
+    recipe = one_stage(resolution=128, mask_ratio=ratios[0], mask_schedule=schedule)
+    recorder, plain = Recorder(stop_at=16), Recorder()
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "run", loaders, recorder)
+    run(recipe, tmp_path / "run", loaders, recorder)
+    assert drawn == [ratio for ratio in (ratios[0], ratios[1], ratios[1], ratios[2], ratios[2]) if ratio]
+    run(one_stage(resolution=128, mask_ratio=ratios[0]), tmp_path / "plain", loaders, plain)
+    assert torch.equal(recorder.weights[8], plain.weights[8])
+    assert not torch.equal(recorder.weights[16], plain.weights[16])
+
+
+def test_losses_are_logged_by_noise_level(
+    one_stage: Callable[..., Recipe], loaders: dict[int, Loader], tmp_path: Path
+) -> None:
+    """A row of 800 images: their mean over the levels is the loss, but for levels being drawn unequally often."""
+    recipe = one_stage(images=800, batch_size=80, learning_rate=1e-9)
+    run(replace(recipe, log_every=800, checkpoint_every=0), tmp_path, loaders)
+    (row,) = read_log(tmp_path / "log.jsonl")
+    assert sum(row[f"loss/level_{i}"] for i in range(8)) / 8 == pytest.approx(row["loss"], rel=0.1)
+
+
 def test_a_bad_batch_is_skipped_and_counted(
     one_stage: Callable[..., Recipe], loaders: dict[int, Loader], tmp_path: Path
 ) -> None:
@@ -130,7 +169,7 @@ def test_interrupted_and_resumed_is_undisturbed(
     assert signal.getsignal(signal.SIGTERM) == before
     resumed = run(recipe, tmp_path / "b", loaders)
     assert torch.equal(flat(resumed), flat(undisturbed))
-    timed = {"images_per_second", "seconds", "seconds_left"}
+    timed = {"images_per_second", "utilisation", "seconds", "seconds_left"}
     first, second = (
         [
             {key: value for key, value in row.items() if key not in timed}
