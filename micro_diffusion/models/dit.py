@@ -21,6 +21,7 @@ from micro_diffusion.models.layers import (
     SwiGLU,
     TextPerceptron,
     attention_width,
+    between,
     layer_norm,
     modulate,
 )
@@ -145,15 +146,9 @@ class DiT(nn.Module):
             Block(c, mixer_dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i))
             for i in range(c.patch_mixer_depth if c.use_patch_mixer else 0)
         )
-
-        def between(dim_in: int, dim_out: int) -> nn.Module:
-            if dim_in == dim_out:
-                return nn.Identity()
-            return nn.Sequential(layer_norm(dim_in, c.norm_eps), nn.Linear(dim_in, dim_out, bias=False))
-
-        self.patch_mixer_map_xin = between(c.dim, mixer_dim)
-        self.patch_mixer_map_xout = between(mixer_dim, c.dim)
-        self.patch_mixer_map_y = between(c.dim, mixer_dim)
+        self.patch_mixer_map_xin = between(c.dim, mixer_dim, c.norm_eps)
+        self.patch_mixer_map_xout = between(mixer_dim, c.dim, c.norm_eps)
+        self.patch_mixer_map_y = between(c.dim, mixer_dim, c.norm_eps)
         self.blocks = nn.ModuleList(
             Block(c, c.dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i) and i != c.depth - 1)
             for i, (qkv, ffn) in enumerate(zip(c.qkv_multipliers, c.ffn_multipliers, strict=True))
@@ -197,9 +192,8 @@ class DiT(nn.Module):
         """
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
         cond = self.t_embedder(noise_label) + encoded.pooled
-        patches = self.x_embedder(x) + self.pos_embed
 
-        patches = self.patch_mixer_map_xin(patches)
+        patches = self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed)
         for block in self.patch_mixer:
             patches = block(patches, encoded.mixer_tokens, cond, encoded.mask)
 
@@ -215,22 +209,21 @@ class DiT(nn.Module):
         pixels = self.final_layer(patches, cond)
 
         if mask is None:
-            return Prediction(self.unpatchify(pixels), None)
-        full = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
-        return Prediction(self.unpatchify(full), mask.dropped)
+            return Prediction(self.unpatchify(pixels))
+        pixels = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
+        return Prediction(self.unpatchify(pixels), mask.dropped)
 
     def unpatchify(self, pixels: Float[Tensor, "b t p"]) -> Float[Tensor, "b c h w"]:
         """Put patches, each ordered row, column, channel, together to latents."""
-        (rows, columns), size = self.config.grid, self.config.patch_size
-        grid = pixels.reshape(pixels.shape[0], rows, columns, size, size, self.config.in_channels)
-        return grid.permute(0, 5, 1, 3, 2, 4).reshape(pixels.shape[0], -1, rows * size, columns * size)
+        size = self.config.patch_size
+        grid = pixels.unflatten(1, self.config.grid).unflatten(3, (size, size, -1))
+        return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float) -> DiT:
     """The same weights for latents of another size, with positions made anew."""
     other = DiT(replace(dit.config, input_size=input_size, pos_interp_scale=pos_interp_scale))
-    state = {key: value for key, value in dit.state_dict().items() if key != "pos_embed"}
-    other.load_state_dict(state | {"pos_embed": other.pos_embed})
+    other.load_state_dict({**dit.state_dict(), "pos_embed": other.pos_embed})
     return other.to(dit.pos_embed.device)
 
 
@@ -244,8 +237,6 @@ def conditioned(
     mask_noise: Float[Tensor, "b t"] | None = None,
 ) -> Network:
     """The network as an objective calls it, with caption, mask and precision fixed."""
-    text_mask = text_mask if dit.config.text_mask == "padding" else None
-    mask_noise = mask_noise if mask_ratio else None
 
     def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:
         x, noise_label = x.float(), noise_label.float()  # samplers keep their state in float64

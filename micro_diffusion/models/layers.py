@@ -28,6 +28,13 @@ def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
     return nn.LayerNorm(dim, eps=eps, bias=False)
 
 
+def between(dim_in: int, dim_out: int, eps: float) -> nn.Module:
+    """Layer norm and a linear map from one width to another; nothing where they are equal."""
+    if dim_in == dim_out:
+        return nn.Identity()
+    return nn.Sequential(layer_norm(dim_in, eps), nn.Linear(dim_in, dim_out, bias=False))
+
+
 def modulate(
     x: Float[Tensor, "b t d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]
 ) -> Float[Tensor, "b t d"]:

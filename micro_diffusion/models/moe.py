@@ -28,11 +28,6 @@ def expert_capacity(tokens: int, num_experts: int, capacity_factor: float) -> in
     return min(capacity, tokens)
 
 
-def expert_width(dim: int, ratio: float, multiple_of: int) -> int:
-    """Hidden width of an expert."""
-    return round_up(int(dim * ratio), multiple_of)
-
-
 class ExpertChoiceMoE(nn.Module):
     """Expert-choice feed-forward (arXiv 2202.09368): in each image, every expert takes its best tokens.
 
@@ -42,7 +37,7 @@ class ExpertChoiceMoE(nn.Module):
 
     def __init__(self, dim: int, ratio: float, multiple_of: int, num_experts: int, capacity_factor: float) -> None:
         super().__init__()
-        hidden = expert_width(dim, ratio, multiple_of)
+        hidden = round_up(int(dim * ratio), multiple_of)
         self.num_experts, self.capacity_factor = num_experts, capacity_factor
         self.gate = nn.Linear(dim, num_experts, bias=False)
         self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden))
