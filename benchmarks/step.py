@@ -2,7 +2,8 @@
 
 Forward, loss, backward, clipping and AdamW on random latents: as the model does it (`fast`), with the plain twin of
 every kernel (`plain`: experts by index), and with the plain one-hot experts (`one-hot`, benchmarks/one_hot.py), all in
-the same run. Each case has a process of its own, so that peak memory is its own. On a CPU the default is a smaller model, whose ratios are of interest and not its seconds.
+the same run. Each case has a process of its own, so that peak memory is its own. On a CPU the default is a smaller
+model, whose ratios are of interest and not its seconds.
 """
 
 import argparse
