@@ -56,9 +56,9 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        x, branch, gate, weight, shift, scale, stream, normed, count, dim, eps,
+        x, branch, gate, weight, shift, scale, summed, normed, count, dim,
         gate_stride, shift_stride, scale_stride,
-        GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
+        eps: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         image = row // count
@@ -69,8 +69,8 @@ if triton is not None:
         if GATED:
             added *= tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
         # rounded first: the norm and its backward see the stream as it is stored
-        value = (value + added).to(stream.dtype.element_ty)
-        tl.store(stream + row * dim + columns, value, mask=inside)
+        value = (value + added).to(summed.dtype.element_ty)
+        tl.store(summed + row * dim + columns, value, mask=inside)
         value = value.to(tl.float32)
         centred = tl.where(inside, value - tl.sum(value) / dim, 0.0)
         result = centred * tl.rsqrt(tl.sum(centred * centred) / dim + eps)
@@ -82,9 +82,9 @@ if triton is not None:
 
     @triton.jit
     def _backward_kernel(
-        stream, branch, gate, weight, scale, into_stream, into_normed, into_x, into_branch, sums, count, dim, eps,
+        summed, branch, gate, weight, scale, into_stream, into_normed, into_x, into_branch, sums, count, dim,
         gate_stride, scale_stride, programs,
-        GATED: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        eps: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Gradients of x and branch; sums[0..3] are this program's parts of those of weight, shift, scale, gate."""
         part, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -101,7 +101,7 @@ if triton is not None:
         of_gate = tl.zeros([BLOCK], dtype=tl.float32)
         for token in range(part * ROWS, min((part + 1) * ROWS, count)):
             place = (image * count + token) * dim + columns
-            value = tl.load(stream + place, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(summed + place, mask=inside, other=0.0).to(tl.float32)
             grad = tl.load(into_normed + place, mask=inside, other=0.0).to(tl.float32)
             through = tl.load(into_stream + place, mask=inside, other=0.0).to(tl.float32)
             centred = tl.where(inside, value - tl.sum(value) / dim, 0.0)
@@ -136,9 +136,9 @@ if triton is not None:
         batch, count, dim = x.shape
         stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
         launcher(_forward_kernel)[(batch * count,)](
-            x, branch, either(gate, x), weight, either(shift, x), either(scale, x), stream, normed, count, dim, eps,
+            x, branch, either(gate, x), weight, either(shift, x), either(scale, x), stream, normed, count, dim,
             _stride(gate), _stride(shift), _stride(scale),
-            GATED=gate is not None, MODULATED=scale is not None, BLOCK=triton.next_power_of_2(dim),
+            eps=eps, GATED=gate is not None, MODULATED=scale is not None, BLOCK=triton.next_power_of_2(dim),
         )  # fmt: skip
         return stream, normed
 
@@ -153,8 +153,8 @@ if triton is not None:
         sums = stream.new_empty(4, batch, programs, dim, dtype=torch.float32)
         launcher(_backward_kernel)[(programs, batch)](
             stream, branch, either(gate, stream), weight, either(scale, stream), into_stream, into_normed,
-            into_x, into_branch, sums, count, dim, eps, _stride(gate), _stride(scale), programs,
-            GATED=gate is not None, MODULATED=scale is not None, ROWS=TOKENS_OF_PROGRAM,
+            into_x, into_branch, sums, count, dim, _stride(gate), _stride(scale), programs,
+            eps=eps, GATED=gate is not None, MODULATED=scale is not None, ROWS=TOKENS_OF_PROGRAM,
             BLOCK=triton.next_power_of_2(dim),
         )  # fmt: skip
         return into_x, into_branch, sums

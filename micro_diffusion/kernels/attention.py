@@ -46,9 +46,9 @@ if triton is not None:
 
     @triton.jit
     def _forward_kernel(
-        q, k, v, mask, out, queries, keys, heads, factor,
+        q, k, v, mask, out, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
-        MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+        factor: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     ):  # fmt: skip
         image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
         columns, key = tl.arange(0, DIM), tl.arange(0, KEYS)
@@ -63,16 +63,15 @@ if triton is not None:
             allowed = there & (tl.load(mask + image * keys + key, mask=there, other=0) != 0)
         scores = tl.where(allowed[None, :], tl.dot(qs, tl.trans(ks)) * factor, float("-inf"))
         scores = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        shares = scores / tl.sum(scores, 1)[:, None]
-        result = tl.dot(shares.to(vs.dtype), vs)
+        result = tl.dot(scores.to(vs.dtype), vs) / tl.sum(scores, 1)[:, None]
         place = (image * queries + query[:, None]) * heads * DIM + column
         tl.store(out + place, result.to(out.dtype.element_ty), mask=here[:, None])
 
     @triton.jit
     def _backward_kernel(
-        q, k, v, mask, grad, into_q, into_k, into_v, queries, keys, heads, factor, scale,
+        q, k, v, mask, grad, into_q, into_k, into_v, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
-        MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+        factor: tl.constexpr, scale: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     ):  # fmt: skip
         image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
         columns, key = tl.arange(0, DIM), tl.arange(0, KEYS)
@@ -110,8 +109,8 @@ if triton is not None:
         (batch, queries, width), keys = q.shape, k.shape[1]
         out, heads = q.new_empty(q.shape), width // head_dim
         launcher(_forward_kernel)[(batch * heads, triton.cdiv(queries, QUERIES))](
-            q, k, v, either(mask, q), out, queries, keys, heads, head_dim**-0.5 * LOG2_E, *_strides(q, k, v),
-            MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
+            q, k, v, either(mask, q), out, queries, keys, heads, *_strides(q, k, v),
+            factor=head_dim**-0.5 * LOG2_E, MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
         )  # fmt: skip
         return out
 
@@ -123,9 +122,9 @@ if triton is not None:
         into_q, into_k, into_v = (x.new_empty(x.shape) for x in (q, k, v))
         heads, factor = width // head_dim, head_dim**-0.5
         launcher(_backward_kernel)[(batch * heads,)](
-            q, k, v, either(mask, q), grad, into_q, into_k, into_v, queries, keys, heads, factor * LOG2_E, factor,
+            q, k, v, either(mask, q), grad, into_q, into_k, into_v, queries, keys, heads,
             *_strides(q, k, v),
-            MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
+            factor=factor * LOG2_E, scale=factor, MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
             num_warps=8 if keys > 64 else 4,
         )  # fmt: skip
         return into_q, into_k, into_v

@@ -11,11 +11,12 @@ from micro_diffusion.kernels.add_norm import add_norm
 from micro_diffusion.kernels.attention import attention
 from micro_diffusion.kernels.expert_choice import combine, dispatch, slots_of
 
+TOKENS = torch.rand(3, 8, 70, generator=torch.Generator().manual_seed(0)).argsort()[:, :, :17]
 Compute = Callable[..., Sequence[Tensor]]
 
 
 def experts(x: Tensor, y: Tensor, weights: Tensor) -> list[Tensor]:
-    tokens = weights.detach().argsort()[:, :, :17]
+    tokens = TOKENS.to(x.device)
     slots = slots_of(tokens, 70)
     return [dispatch(x, tokens, slots), combine(y, weights[:, :, :17], tokens, slots)]
 
