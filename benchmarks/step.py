@@ -1,11 +1,13 @@
 """Time whole training steps by mask ratio: `python -m benchmarks.step --out step.json`.
 
-Forward, loss, backward, clipping and AdamW on random latents, experts dispatched by index as the model does it, and by
-the plain one-hot twin (`benchmarks/one_hot.py`) in the same run. Each case has a process of its own, so that peak
-memory is its own. On a CPU the default is a smaller model, whose ratios are of interest and not its seconds.
+Forward, loss, backward, clipping and AdamW on random latents: as the model does it (`fast`), with the plain twin of
+every kernel (`plain`: experts by index), and with the plain one-hot experts (`one-hot`, benchmarks/one_hot.py), all in
+the same run. Each case has a process of its own, so that peak memory is its own. On a CPU the default is a smaller
+model, whose ratios are of interest and not its seconds.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from benchmarks.one_hot import use_one_hot_experts
 from micro_diffusion.diffusion.objectives import EDM
+from micro_diffusion.kernels.launch import plain
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.flops import forward_flops
 from micro_diffusion.models.presets import PRESETS
@@ -42,7 +45,7 @@ class Case:
     preset: str
     latent_size: int
     mask_ratio: float
-    one_hot: bool
+    path: str
     batch_size: int
     micro_batch: int
     steps: int
@@ -52,13 +55,18 @@ class Case:
 
 def measure(case: Case) -> dict[str, Any]:
     """Images a second (median step) and peak memory."""
+    with contextlib.nullcontext() if case.path == "fast" else plain():
+        return _measure(case)
+
+
+def _measure(case: Case) -> dict[str, Any]:
     device = pick_device(case.device)
     gpu = device.type == "cuda"
     torch.manual_seed(0)
     config = PRESETS[case.preset](input_size=case.latent_size, caption_channels=TEXT_WIDTH, text_mask="none")
     with torch.device(device):
         dit = DiT(config)
-    if case.one_hot:
+    if case.path == "one-hot":
         use_one_hot_experts(dit)
     stage = Stage("benchmark", resolution=8 * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
                   learning_rate=1e-4, mask_ratio=case.mask_ratio)  # fmt: skip
@@ -137,7 +145,7 @@ def main() -> None:
     parser.add_argument("--preset", default="MicroDiT_XL_2" if gpu else "MicroDiT_Small_2", choices=PRESETS)
     parser.add_argument("--latent-size", type=int, default=32, help="32 is 256 px")
     parser.add_argument("--masks", type=float, nargs="+", default=[0.75, 0.0, 0.5, 0.875])
-    parser.add_argument("--paths", nargs="+", default=["index", "one-hot"], choices=["index", "one-hot"])
+    parser.add_argument("--paths", nargs="+", default=["fast", "one-hot"], choices=["fast", "plain", "one-hot"])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 8)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
@@ -146,7 +154,7 @@ def main() -> None:
     for mask_ratio in args.masks:
         for path in args.paths:
             micro = min(args.batch_size, MICRO_BATCH.get(mask_ratio, 64))
-            case = Case(args.preset, args.latent_size, mask_ratio, path == "one-hot", args.batch_size, micro,
+            case = Case(args.preset, args.latent_size, mask_ratio, path, args.batch_size, micro,
                         args.steps, args.device, args.compile)  # fmt: skip
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 rows.append(pool.apply(measure, (case,)))

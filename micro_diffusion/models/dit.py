@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from micro_diffusion.diffusion.objectives import Network, Prediction
+from micro_diffusion.kernels.add_norm import add_norm
 from micro_diffusion.models import initialise
 from micro_diffusion.models.layers import (
     CrossAttention,
@@ -23,7 +24,6 @@ from micro_diffusion.models.layers import (
     attention_width,
     between,
     layer_norm,
-    modulate,
 )
 from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
 from micro_diffusion.models.moe import ExpertChoiceMoE
@@ -94,6 +94,18 @@ class EncodedText(NamedTuple):
     mask: Bool[Tensor, "b l"] | None
 
 
+class Stream(NamedTuple):
+    """The residual stream between two blocks; the last layer's output is added by the norm that comes next."""
+
+    x: Float[Tensor, "b t d"]
+    branch: Float[Tensor, "b t d"] | None = None
+    gate: Float[Tensor, "b d"] | None = None
+
+    def settled(self) -> Float[Tensor, "b t d"]:
+        """x + gate * branch."""
+        return self.x if self.branch is None or self.gate is None else self.x + self.gate[:, None] * self.branch
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to text, feed-forward; the first and the last modulated and gated."""
 
@@ -113,16 +125,14 @@ class Block(nn.Module):
         self.adaLN_modulation = Modulation(c.dim, dim, 6)
 
     def forward(
-        self,
-        x: Float[Tensor, "b t d"],
-        text: Float[Tensor, "b l d"],
-        cond: Float[Tensor, "b c"],
-        text_mask: Bool[Tensor, "b l"] | None,
-    ) -> Float[Tensor, "b t d"]:
+        self, stream: Stream, text: Float[Tensor, "b l d"], cond: Float[Tensor, "b c"], mask: Bool[Tensor, "b l"] | None
+    ) -> Stream:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + self.cross_attn(self.norm2(x), text, text_mask)
-        return x + gate2 * self.mlp(modulate(self.norm3(x), shift2, scale2))
+        x, normed = add_norm(*stream, self.norm1.weight, shift1, scale1, eps=self.norm1.eps)
+        x, normed = add_norm(x, self.attn(normed), gate1, self.norm2.weight, eps=self.norm2.eps)
+        attended = self.cross_attn(normed, text, mask)
+        x, normed = add_norm(x, attended, None, self.norm3.weight, shift2, scale2, eps=self.norm3.eps)
+        return Stream(x, self.mlp(normed), gate2)
 
 
 class DiT(nn.Module):
@@ -193,9 +203,10 @@ class DiT(nn.Module):
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
         cond = self.t_embedder(noise_label) + encoded.pooled
 
-        patches = self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed)
+        stream = Stream(self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed))
         for block in self.patch_mixer:
-            patches = block(patches, encoded.mixer_tokens, cond, encoded.mask)
+            stream = block(stream, encoded.mixer_tokens, cond, encoded.mask)
+        patches = stream.settled()
 
         mask = None
         if mask_ratio != 0:
@@ -203,10 +214,10 @@ class DiT(nn.Module):
             mask = random_patch_mask(noise, mask_ratio)
             patches = gather_patches(patches, mask.kept)
 
-        patches = self.patch_mixer_map_xout(patches)
+        stream = Stream(self.patch_mixer_map_xout(patches))
         for block in self.blocks:
-            patches = block(patches, encoded.tokens, cond, encoded.mask)
-        pixels = self.final_layer(patches, cond)
+            stream = block(stream, encoded.tokens, cond, encoded.mask)
+        pixels = self.final_layer(stream.settled(), cond)
 
         if mask is None:
             return Prediction(self.unpatchify(pixels))

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from micro_diffusion.kernels.attention import attention
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `value`."""
@@ -34,13 +36,6 @@ def between(dim_in: int, dim_out: int, eps: float) -> nn.Module:
     return nn.Sequential(layer_norm(dim_in, eps), nn.Linear(dim_in, dim_out, bias=False))
 
 
-def modulate(
-    x: Float[Tensor, "b t d"], shift: Float[Tensor, "b 1 d"], scale: Float[Tensor, "b 1 d"]
-) -> Float[Tensor, "b t d"]:
-    """Adaptive layer-norm modulation (DiT, arXiv 2212.09748)."""
-    return x * (1 + scale) + shift
-
-
 class Modulation(nn.Sequential):
     """GELU and a linear layer from the conditioning vector to `chunks` vectors of width `dim`."""
 
@@ -48,8 +43,8 @@ class Modulation(nn.Sequential):
         super().__init__(nn.GELU(approximate="tanh"), nn.Linear(cond_dim, chunks * dim))
         self.chunks = chunks
 
-    def forward(self, cond: Float[Tensor, "b c"]) -> tuple[Float[Tensor, "b 1 d"], ...]:
-        return super().forward(cond)[:, None].chunk(self.chunks, dim=2)
+    def forward(self, cond: Float[Tensor, "b c"]) -> tuple[Float[Tensor, "b d"], ...]:
+        return super().forward(cond).chunk(self.chunks, dim=1)
 
 
 def attend(
@@ -68,9 +63,7 @@ def attend(
     width = q.shape[-1]
     q = F.layer_norm(q, (width,), eps=eps).to(v.dtype)
     k = F.layer_norm(k, (width,), eps=eps).to(v.dtype)
-    q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
-    return out.transpose(1, 2).flatten(2)
+    return attention(q, k, v, head_dim=head_dim, mask=mask)
 
 
 class SelfAttention(nn.Module):
@@ -185,4 +178,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b t d"], cond: Float[Tensor, "b d"]) -> Float[Tensor, "b t p"]:
         shift, scale = self.adaLN_modulation(cond)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(self.norm_final(x) * (1 + scale[:, None]) + shift[:, None])

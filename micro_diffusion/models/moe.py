@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from micro_diffusion.kernels.expert_choice import combine, dispatch, slots_of
 from micro_diffusion.models.layers import round_up
 
 
@@ -50,13 +51,9 @@ class ExpertChoiceMoE(nn.Module):
         return Routing(*probabilities.transpose(1, 2).topk(capacity, dim=-1, sorted=False))
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        batch, count, dim = x.shape
         weights, tokens = self.route(x)
-        offsets = torch.arange(batch, device=x.device)[:, None, None] * count
-        rows = (tokens + offsets).transpose(0, 1).flatten(1)  # (experts, batch * capacity), rows of the flat batch
-        taken = x.flatten(0, 1)[rows]
+        slots = slots_of(tokens, x.shape[1])
+        taken = dispatch(x, tokens, slots)
         hidden = F.gelu(torch.bmm(taken, self.w1.to(taken.dtype)))
         output = torch.bmm(hidden, self.w2.to(hidden.dtype))
-        weighted = output * weights.transpose(0, 1).flatten(1)[:, :, None].to(output.dtype)
-        combined = weighted.new_zeros(batch * count, dim).index_add(0, rows.flatten(), weighted.flatten(0, 1))
-        return combined.view(batch, count, dim)
+        return combine(output, weights, tokens, slots)
