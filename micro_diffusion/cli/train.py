@@ -1,10 +1,12 @@
 """`micro-diffusion train`: a recipe and latent stores become a run folder with a model in it."""
 
 import json
+import logging
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
+from micro_diffusion.training.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.dit import DiT
     from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.runtime.distributed import World
     from micro_diffusion.training.config import Recipe
     from micro_diffusion.training.stages import State
 
 FROM_CHECKPOINT = ("model", "objective", "sigma_data", "flow_shift", "start_from", "start_from_sha256")
+STUCK = 75
 SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
 
 
@@ -44,13 +49,16 @@ class Train:
     """Fine-tune this checkpoint: its model, encoders and objective replace the recipe's (docs/models.md)."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
+    options: Annotated[Options, arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> None:
         changes = [setting for group in self.settings for setting in group]
         recipe, weights = override(find_recipe(self.recipe), changes), None
         if self.start_from:
             recipe, weights = fine_tuning(recipe, self.start_from.as_posix(), run=self.run, changes=changes)
-        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights)
+        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, options=self.options)
+        if int(os.environ.get("RANK", "0")):
+            return
         print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
 
 
@@ -155,22 +163,54 @@ def _value(text: str) -> Any:
 
 
 def train_recipe(
-    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None
-) -> None:
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
+    options: Options = DEFAULTS,
+) -> None:  # fmt: skip
+    """Train, under torchrun with the other ranks; exit with 128 + signal when stopped by one, with 75 when stuck."""
+    from torch import cuda
+
+    from micro_diffusion.runtime.distributed import Stuck, join
+    from micro_diffusion.training.loop import Interrupted
+    from micro_diffusion.training.parallel import make_deterministic
+
+    logging.basicConfig(format="micro-diffusion: %(message)s")
+    logging.getLogger("micro_diffusion").setLevel(logging.ERROR if int(os.environ.get("RANK", "0")) else logging.INFO)
+    if options.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS starts
+        make_deterministic()
+    try:
+        with join(cuda=device in ("auto", "cuda") and cuda.is_available(), timeout=options.timeout) as world:
+            train_together(recipe, folders, run, device=device, weights=weights, options=options, world=world)
+    except Interrupted as stopped:
+        print(f"micro-diffusion: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    except Stuck as error:
+        print(f"micro-diffusion: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(STUCK)
+
+
+def train_together(
+    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None",
+    options: Options, world: "World",
+) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train."""
+    from torch import device as torch_device
+
     from micro_diffusion.data.loader import Loader, require
     from micro_diffusion.data.store import Store
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
     from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
-    from micro_diffusion.training.loop import Interrupted, train
+    from micro_diffusion.training.loop import train
 
     if not folders:
         raise UserError("Training needs a store: make one with 'micro-diffusion prepare' and give it with --store.")
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
-    autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
-    text_encoder = load_text_encoder(recipe.text_encoder, device=chosen)
+    encoders = torch_device("cpu") if world.rank else chosen  # rank 0 draws the samples
+    autoencoder = load_autoencoder(recipe.autoencoder, device=encoders)
+    text_encoder = load_text_encoder(recipe.text_encoder, device=encoders)
     resolutions = sorted({stage.resolution for stage in recipe.stages})
     for resolution in resolutions:
         require(
@@ -197,21 +237,19 @@ def train_recipe(
     board = TensorBoard(run / "tensorboard")
     draw = sampler(recipe, autoencoder, text_encoder, captions)
     samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
-    try:
-        train(
-            recipe,
-            run=run,
-            loaders=open_loaders(stores, "train"),
-            validation=open_loaders(held_out, "validation") if held_out else None,
-            downscale=autoencoder.downscale,
-            device=chosen,
-            release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=(Progress(recipe.images), board, samples),
-            weights=weights,
-        )
-    except Interrupted as stopped:
-        print(f"micro-diffusion: {stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
+    train(
+        recipe,
+        run=run,
+        loaders=open_loaders(stores, "train"),
+        validation=open_loaders(held_out, "validation") if held_out else None,
+        downscale=autoencoder.downscale,
+        device=chosen,
+        release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
+        hooks=(Progress(recipe.images), board, samples),
+        weights=weights,
+        options=options,
+        world=world,
+    )
 
 
 def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:

@@ -1,8 +1,8 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.models.masking import null_caption
+from micro_diffusion.runtime.distributed import ALONE, Stuck, World
 from micro_diffusion.runtime.random import draw_normal, draw_uniform
 from micro_diffusion.training.config import Recipe, Stage
 
@@ -33,23 +34,34 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
+    loader: Loader,
+    recipe: Recipe,
+    stage: Stage,
+    *,
+    patches: int,
+    start: int,
+    stop: int,
+    device: torch.device,
+    world: World = ALONE,
 ) -> Generator[Examples, None, None]:
-    """The batches between two positions of the run, prepared ahead of the device where it is not the CPU itself."""
+    """This rank's share of the batches between two positions of the run; Stuck when the loader gives no more.
+
+    They are prepared ahead of the device where it is not the CPU itself.
+    """
     pin = device.type == "cuda"
-    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
-    for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
+    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, world=world, pin=pin)
+    for examples in _ahead(drawn, depth=0 if device.type == "cpu" else 2, world=world):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
         text, mask = null_caption(here.text.float(), here.text_mask, here.caption_dropped)
         yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
 
 
 def _draw(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
+    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, world: World, pin: bool
 ) -> Iterator[Examples]:
-    batches = loader.batches(start, stop, stage.batch_size)
+    batches = loader.batches(start, stop, stage.batch_size, rank=world.rank, world=world.size)
     for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
-        positions = torch.arange(first, first + len(batch.latents))
+        positions = first + stage.batch_size * world.rank // world.size + torch.arange(len(batch.latents))
         examples = Examples(
             latents=batch.latents,
             text=batch.text,
@@ -62,14 +74,19 @@ def _draw(
         yield Examples(*(column.pin_memory() for column in examples)) if pin else examples
 
 
-def _ahead(items: Iterable[Examples], *, depth: int) -> Iterator[Examples]:
-    """The same items, made up to `depth` ahead in a thread."""
-    iterator = iter(items)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="feed")
+def _ahead(items: Iterator[Examples], *, depth: int, world: World) -> Iterator[Examples]:
+    """The same items, made in a thread up to `depth` ahead."""
+    pool, alive = ThreadPoolExecutor(1, thread_name_prefix="feed"), True
+    pending: deque[Future[Examples | None]] = deque()
     try:
-        pending: deque[Future[Examples | None]] = deque(pool.submit(next, iterator, None) for _ in range(depth))
-        while (examples := pending.popleft().result()) is not None:
-            pending.append(pool.submit(next, iterator, None))
-            yield examples
+        while True:
+            pending.append(pool.submit(next, items, None))
+            if len(pending) > depth:
+                future = pending.popleft()
+                if not (alive := bool(wait([future], world.timeout).done)):
+                    raise Stuck(f"the data loader of rank {world.rank} has given nothing for {world.timeout:g} s")
+                if (examples := future.result()) is None:
+                    return
+                yield examples
     finally:
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=alive, cancel_futures=True)

@@ -1,0 +1,144 @@
+"""One device, DDP, FSDP2 and hybrid sharding, from outside the model: names, shapes and mathematics stay the same.
+
+Each rank takes its contiguous share of every global batch, and both wrappers average gradients over the ranks, so the
+gradient is that of the global mean. Weights and reductions are float32; bf16 is the autocast inside.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from micro_diffusion.models.dit import DiT
+from micro_diffusion.runtime.distributed import World
+from micro_diffusion.runtime.files import UserError
+from micro_diffusion.training.config import Recipe, Stage
+from micro_diffusion.training.feed import Examples
+from micro_diffusion.training.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+class Parallel:
+    """How the model of a run is spread over the ranks; UserError for batches that do not divide among them."""
+
+    def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
+        self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
+        self.mode = "ddp" if options.parallel == "auto" else options.parallel
+        if world.size == 1:
+            self.mode = "single"
+        self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
+        for stage in recipe.stages:
+            self.micro_batch(stage)
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks; for hybrid (machines, ranks of a machine): copies along the first axis, shards along the second."""
+        if self.mode == "fsdp":
+            return init_device_mesh(self.device.type, (self.world.size,))
+        shape = self.world.size // self.world.local_size, self.world.local_size
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def micro_batch(self, stage: Stage) -> int:
+        """Images of one forward pass of this rank, before any halving."""
+        share, rest = divmod(stage.batch_size, self.world.size)
+        chosen = self.options.micro_batch if isinstance(self.options.micro_batch, int) else stage.micro_batch
+        size = min(chosen or share, share)
+        if rest or share % size:
+            raise UserError(
+                f"stage {stage.name!r}: a batch of {stage.batch_size} does not divide among {self.world.size} ranks "
+                f"with micro-batches of {size or chosen}: change batch_size, --micro-batch or the number of ranks"
+            )
+        return size
+
+    def shard(self, dit: DiT) -> DiT:
+        """Prepare a new model, in place, before its optimizer is made: blocks recompute, compile, parameters shard.
+
+        Compiling block by block leaves the hooks of FSDP and DDP between the blocks, where communication overlaps.
+        """
+        blocks = cast(list[nn.Module], [*dit.patch_mixer, *dit.blocks])
+        for block in blocks:
+            if self.by_block:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            if self.options.activation_checkpointing:
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        if self.mode in ("fsdp", "hybrid"):
+            for module in (*blocks, dit):
+                fully_shard(module, mesh=self.mesh)
+        return dit
+
+    def network(self, dit: DiT) -> DiT:
+        """What a stage calls in place of the prepared model; the parameters are the model's own."""
+        if self.compile:
+            torch.compiler.reset()  # graphs of the stage before
+            torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
+        if self.mode == "ddp":
+            where = [self.device] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True)
+            wrapped.config = dit.config
+            return cast(DiT, wrapped)
+        return cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
+
+    def split(self, network: DiT, batch: Examples, size: int) -> Iterator[Examples]:
+        """Micro-batches of `size` images; gradients cross the ranks in the backward pass of the last one only."""
+        parts = list(batch.split(size))
+        for index, part in enumerate(parts):
+            _synchronise(network, index + 1 == len(parts))
+            yield part
+
+    def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:
+        """The micro-batch of a stage, halved until forward and backward of its first one fit on every rank.
+
+        Without sharding the trial does not communicate, so a rank that runs out of memory leaves no other waiting.
+        """
+        size, named = self.micro_batch(stage), self.options.micro_batch or stage.micro_batch
+        if named != "auto" and (named or self.device.type != "cuda"):
+            return size
+        average = stage.ema_halflife_images > 0  # its memory may be taken later in the stage
+        while True:
+            failed = False
+            try:
+                held = [torch.empty_like(parameter) for parameter in network.parameters() if average]
+                _synchronise(network, False)
+                backward(next(batch.split(size)))
+            except torch.OutOfMemoryError:
+                failed = True
+                if size == 1 or self.mode in ("fsdp", "hybrid"):
+                    raise UserError(
+                        f"rank {self.world.rank} is out of memory with a micro-batch of {size}: set a smaller "
+                        "--micro-batch, or --activation-checkpointing"
+                    ) from None
+            held = []
+            network.zero_grad(set_to_none=True)
+            if not self.world.agree(failed):
+                logger.info("stage %r: micro-batches of %d images", stage.name, size)
+                return size
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            share = stage.batch_size // self.world.size
+            smaller = max(part for part in range(1, size // 2 + 1) if share % part == 0)
+            logger.warning("stage %r: out of memory with micro-batches of %d images, now %d", stage.name, size, smaller)
+            size = smaller
+
+
+def _synchronise(network: DiT, now: bool) -> None:
+    if isinstance(network, DistributedDataParallel):
+        network.require_backward_grad_sync = now
+    elif isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+
+
+def make_deterministic() -> None:
+    """Ask torch for the same bits every time: before the first use of a GPU."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True  # no kernel is chosen by timing
