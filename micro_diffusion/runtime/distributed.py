@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,7 @@ def join(*, cuda: bool, timeout: float) -> Iterator[World]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     patience = timedelta(seconds=timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)
-    groups = [dist.new_group(backend="gloo", timeout=patience) for _ in range(2)]
+    groups = [cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=patience)) for _ in range(2)]
     local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     yield World(dist.get_rank(), dist.get_world_size(), local, timeout, *groups)
     dist.destroy_process_group()  # not after an error: it may wait for a rank that is gone

@@ -31,16 +31,16 @@ class Parallel:
 
     def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
         self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
-        self.mode = "ddp" if options.parallel == "auto" else options.parallel
-        if world.size == 1:
-            self.mode = "single"
+        several = "ddp" if options.parallel == "auto" else options.parallel
+        self.mode = several if world.size > 1 else "single"
         self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
         for stage in recipe.stages:
             self.micro_batch(stage)
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks; for hybrid (machines, ranks of a machine): copies along the first axis, shards along the second."""
+        """All ranks; for hybrid machines by ranks of a machine, copies along the first axis and shards along the second.
+        """
         if self.mode == "fsdp":
             return init_device_mesh(self.device.type, (self.world.size,))
         shape = self.world.size // self.world.local_size, self.world.local_size
@@ -84,7 +84,7 @@ class Parallel:
         if self.mode == "ddp":
             where = [self.device] if self.device.type == "cuda" else None
             wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True)
-            wrapped.config = dit.config
+            wrapped.config = dit.config  # type: ignore[assignment]
             return cast(DiT, wrapped)
         return cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
 
@@ -110,6 +110,7 @@ class Parallel:
                 held = [torch.empty_like(parameter) for parameter in network.parameters() if average]
                 _synchronise(network, False)
                 backward(next(batch.split(size)))
+                del held
             except torch.OutOfMemoryError:
                 failed = True
                 if size == 1 or self.mode in ("fsdp", "hybrid"):
@@ -117,7 +118,6 @@ class Parallel:
                         f"rank {self.world.rank} is out of memory with a micro-batch of {size}: set a smaller "
                         "--micro-batch, or --activation-checkpointing"
                     ) from None
-            held = []
             network.zero_grad(set_to_none=True)
             if not self.world.agree(failed):
                 logger.info("stage %r: micro-batches of %d images", stage.name, size)

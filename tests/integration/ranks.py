@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class RandomRows(Loader):
         with self.seen.open("a") as file:
             file.write(f"{start} {count}\n")
         kind, rank, images = self.settings.get("kill", ("never", 0, 0))
-        if rank == self.world.rank and start <= images < start + count:
+        if rank == self.world.rank and start // BATCH == images // BATCH:
             if kind == "step":
                 os.kill(os.getpid(), signal.SIGKILL)
             if kind == "stuck":
@@ -79,6 +80,8 @@ def die_while_saving(settings: dict[str, Any], world: World) -> None:
             if kind == "save":
                 (Path(self.path) / "half").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
+            if kind == "slow":
+                time.sleep(600)
             if kind == "full":
                 raise OSError(28, "No space left on device")
         return write(self, plan, planner)
@@ -115,6 +118,8 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
             {name: value.contiguous() for name, value in state.dit.state_dict().items()}, path / "model.safetensors"
         )
 
+    if machines := settings.get("machines"):
+        os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // machines)
     options = Options(**{name: settings[name] for name in settings.keys() & Options.__dataclass_fields__.keys()})
     try:
         with join(cuda=False, timeout=options.timeout) as world:
