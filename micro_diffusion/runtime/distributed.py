@@ -14,10 +14,7 @@ from torch import Tensor
 
 
 class Stuck(Exception):
-    """A rank or the data loader gave no sign of life for too long; the message names it.
-
-    Threads may hang in the call that never came back, so whoever catches this ends the process with `os._exit`.
-    """
+    """A rank or the data loader gave no sign of life; threads may hang, so whoever catches this ends by `os._exit`."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,7 @@ class World:
     saving: dist.ProcessGroup | None = None
 
     def agree(self, value: int = 0) -> int:
-        """The largest of the ranks' values, known when all ranks have come here; Stuck names those that do not come.
-
-        A few hundred microseconds on the host; the device goes on working.
-        """
+        """The largest of the ranks' values; Stuck names those that do not come here. The device goes on working."""
         if self.control is None:
             return value
         agreed = torch.tensor(value)
@@ -60,10 +54,7 @@ ALONE = World()
 
 @contextlib.contextmanager
 def join(*, cuda: bool, timeout: float) -> Iterator[World]:
-    """Join the ranks that torchrun started; `cuda` takes the GPU of this rank's number on its machine.
-
-    `timeout` is in seconds, for everything that ranks wait for.
-    """
+    """Join the ranks that torchrun started, with a GPU each if `cuda`; they wait `timeout` seconds for each other."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(timeout=timeout)
         return

@@ -32,10 +32,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class Saver:
-    """Writes checkpoints in the background while training goes on, one at a time; every rank writes its part.
+    """Writes checkpoints in the background, one at a time, each rank its part; UserError if one could not be written.
 
-    Keeps the newest `keep` and the first one past each multiple of `keep_every` images. UserError, from any method, if
-    one could not be written: the ones before it are untouched.
+    Keeps the newest `keep` and the first one past each multiple of `keep_every` images.
     """
 
     def __init__(
@@ -69,6 +68,7 @@ class Saver:
             pending.result()
 
     def close(self) -> None:
+        """Begin no other; one that is being written is finished."""
         self._pool.shutdown(wait=False)
 
     def _write(self, tensors: Mapping[str, Any], clock: Mapping[str, Any], copied: torch.cuda.Event | None) -> None:
@@ -88,10 +88,8 @@ class Saver:
             if writes_all:
                 self._thin()
         except (CheckpointException, OSError) as error:
-            raise UserError(
-                f"the checkpoint at {clock['images']:,} images could not be written ({_reason(error)}). Put that "
-                f"right; the same command then goes on from the one before, in {self.folder}"
-            ) from error
+            what = f"the checkpoint at {clock['images']:,} images could not be written ({_reason(error)})"
+            raise UserError(f"{what}; put that right, and the same command goes on from the one before") from error
 
     def _thin(self) -> None:
         paths = _all(self.folder)
@@ -138,14 +136,9 @@ def load_newest(
 
 
 def load(
-    path: Path,
-    recipe: Recipe,
-    *,
-    downscale: int,
-    device: torch.device,
-    shard: Callable[[DiT], DiT] = unsharded,
+    path: Path, recipe: Recipe, *, downscale: int, device: torch.device, shard: Callable[[DiT], DiT] = unsharded,
     world: World = ALONE,
-) -> State:
+) -> State:  # fmt: skip
     """The state that `Saver` wrote, bit for bit, spread as `shard` does it; UserError if the recipe is another."""
     clock = json.loads((path / "state.json").read_text())
     for name, size in clock["files"].items():

@@ -34,16 +34,9 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Loader,
-    recipe: Recipe,
-    stage: Stage,
-    *,
-    patches: int,
-    start: int,
-    stop: int,
-    device: torch.device,
+    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device,
     world: World = ALONE,
-) -> Generator[Examples, None, None]:
+) -> Generator[Examples, None, None]:  # fmt: skip
     """This rank's share of the batches between two positions of the run; Stuck when the loader gives no more.
 
     They are prepared ahead of the device where it is not the CPU itself.

@@ -67,7 +67,7 @@ def train(
     _check_loaders(recipe, loaders, validation)
     parallel = Parallel(options, world, recipe, device)
     saver = Saver(run / "checkpoints", recipe, world=world, keep=options.keep, keep_every=options.keep_every)
-    state = _open_run(run, saver, downscale=downscale, device=device, weights=weights, parallel=parallel)
+    state = _open_run(run, saver, parallel=parallel, downscale=downscale, weights=weights)
     log = RunLog(run / "log.jsonl", images=state.images) if world.rank == 0 else None
     if validation is not None:
         hooks = (Validation(validation, recipe), *hooks)
@@ -79,7 +79,8 @@ def train(
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
             objective, network, micro_batch = recipe.make_objective(stage), parallel.network(state.dit), 0
-            backward = functools.partial(_backward, network, objective, recipe, stage, stage.batch_size // world.size)
+            share = stage.batch_size // world.size
+            backward = functools.partial(add_gradient, network, objective, recipe, stage, share)
             batches = feed(
                 loaders[stage.resolution], recipe, stage,
                 patches=state.dit.num_patches, start=state.images, stop=end, device=device, world=world,
@@ -133,7 +134,9 @@ def train(
             state = next_state(recipe, state, downscale=downscale, shard=parallel.shard)
 
 
-def _backward(network: DiT, objective: EDM | Flow, recipe: Recipe, stage: Stage, images: int, part: Examples) -> Tensor:
+def add_gradient(
+    network: DiT, objective: EDM | Flow, recipe: Recipe, stage: Stage, images: int, part: Examples
+) -> Tensor:
     """Add the gradient of a micro-batch's share of the mean over `images`, and return that share of the loss."""
     predict = conditioned(
         network, part.text, part.text_mask,
@@ -156,16 +159,10 @@ def _check_loaders(recipe: Recipe, loaders: Mapping[int, Loader], validation: Ma
 
 
 def _open_run(
-    run: Path,
-    saver: Saver,
-    *,
-    downscale: int,
-    device: torch.device,
-    weights: Mapping[str, Tensor] | None,
-    parallel: Parallel,
+    run: Path, saver: Saver, *, parallel: Parallel, downscale: int, weights: Mapping[str, Tensor] | None
 ) -> State:
     """The state to go on from; UserError if the folder holds a run with another recipe."""
-    recipe, world, saved = saver.recipe, saver.world, run / "recipe.json"
+    recipe, world, device, saved = saver.recipe, saver.world, parallel.device, run / "recipe.json"
     if world.rank == 0:
         saver.folder.mkdir(parents=True, exist_ok=True)
         if not saved.exists():
@@ -193,7 +190,8 @@ def _signals(deadline: float) -> Iterator[list[int]]:
     `deadline` seconds after the first one the process ends, whatever it waits for; the last checkpoint is whole.
     """
     received: list[int] = []
-    watchdogs: list[threading.Timer] = []
+    watchdog = threading.Timer(deadline, lambda: give_up(received[0]))
+    watchdog.daemon = True
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield received
         return
@@ -204,9 +202,7 @@ def _signals(deadline: float) -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        watchdogs.append(threading.Timer(deadline, give_up, [number]))
-        watchdogs[-1].daemon = True
-        watchdogs[-1].start()
+        watchdog.start()
         for each, handler in previous.items():
             signal.signal(each, handler)
 
@@ -214,7 +210,6 @@ def _signals(deadline: float) -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for watchdog in watchdogs:
-            watchdog.cancel()
+        watchdog.cancel()
         for each, handler in previous.items():
             signal.signal(each, handler)

@@ -33,8 +33,6 @@ class Options:
         for name in ("keep", "deadline", "timeout"):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{name} must be positive")
-        if self.keep_every < 0 or (isinstance(self.micro_batch, int) and self.micro_batch < 1):
-            raise UserError("--keep-every and --micro-batch must not be negative, nor --micro-batch 0")
 
 
 DEFAULTS = Options()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -39,8 +39,7 @@ class Parallel:
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks; for hybrid machines by ranks of a machine, copies along the first axis and shards along the second.
-        """
+        """All ranks; for hybrid, machines by ranks of a machine: copies along the first axis, shards along the other."""
         if self.mode == "fsdp":
             return init_device_mesh(self.device.type, (self.world.size,))
         shape = self.world.size // self.world.local_size, self.world.local_size
@@ -100,34 +99,38 @@ class Parallel:
 
         Without sharding the trial does not communicate, so a rank that runs out of memory leaves no other waiting.
         """
-        size, named = self.micro_batch(stage), self.options.micro_batch or stage.micro_batch
-        if named != "auto" and (named or self.device.type != "cuda"):
+        size, chosen = self.micro_batch(stage), self.options.micro_batch or stage.micro_batch
+        if chosen != "auto" and (chosen or self.device.type != "cuda"):
             return size
-        average = stage.ema_halflife_images > 0  # its memory may be taken later in the stage
-        while True:
-            failed = False
-            try:
-                held = [torch.empty_like(parameter) for parameter in network.parameters() if average]
-                _synchronise(network, False)
-                backward(next(batch.split(size)))
-                del held
-            except torch.OutOfMemoryError:
-                failed = True
-                if size == 1 or self.mode in ("fsdp", "hybrid"):
-                    raise UserError(
-                        f"rank {self.world.rank} is out of memory with a micro-batch of {size}: set a smaller "
-                        "--micro-batch, or --activation-checkpointing"
-                    ) from None
-            network.zero_grad(set_to_none=True)
-            if not self.world.agree(failed):
-                logger.info("stage %r: micro-batches of %d images", stage.name, size)
-                return size
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+        while self.world.agree(not self._fits(network, batch, size, stage, backward)):
             share = stage.batch_size // self.world.size
-            smaller = max(part for part in range(1, size // 2 + 1) if share % part == 0)
-            logger.warning("stage %r: out of memory with micro-batches of %d images, now %d", stage.name, size, smaller)
+            smaller = max((part for part in range(1, size // 2 + 1) if share % part == 0), default=0)
+            if not smaller or isinstance(network, FSDPModule):
+                raise UserError(
+                    f"stage {stage.name!r}: out of memory with micro-batches of {size} images; set a smaller "
+                    "--micro-batch, or --activation-checkpointing"
+                )
+            logger.warning("stage %r: out of memory with micro-batches of %d images", stage.name, size)
             size = smaller
+        logger.info("stage %r: micro-batches of %d images", stage.name, size)
+        return size
+
+    def _fits(
+        self, network: DiT, batch: Examples, size: int, stage: Stage, backward: Callable[[Examples], object]
+    ) -> bool:
+        reserve: list[Tensor] = []  # what an average takes later in the stage
+        _synchronise(network, False)
+        try:
+            reserve += [torch.empty_like(each) for each in network.parameters() if stage.ema_halflife_images]
+            backward(next(batch.split(size)))
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        reserve.clear()
+        network.zero_grad(set_to_none=True)
+        if not fits and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return fits
 
 
 def _synchronise(network: DiT, now: bool) -> None:

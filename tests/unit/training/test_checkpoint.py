@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from micro_diffusion.runtime.distributed import ALONE
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
-from micro_diffusion.training.stages import State, first_state
+from micro_diffusion.training.stages import State, first_state, unsharded
 
 CPU = torch.device("cpu")
 
@@ -69,3 +70,48 @@ def test_another_recipe_is_refused_by_name(recipe: Recipe, tmp_path: Path) -> No
     path = save(tmp_path, random_state(recipe, 88), recipe)
     with pytest.raises(UserError, match=r"eps: 1e-06 here, 1e-08 there; seed: 5 here, 3 there"):
         checkpoint.load(path, replace(recipe, seed=5, eps=1e-6), downscale=8, device=CPU)
+
+
+def test_keeps_the_first_past_each_multiple(recipe: Recipe, tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, recipe, keep=1, keep_every=50)
+    for images in range(16, 176, 24):
+        saver.save(random_state(recipe, images))
+    saver.wait()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [64, 112, 160]
+    saver.close()
+
+
+def test_what_is_copied_is_what_is_written(recipe: Recipe, tmp_path: Path) -> None:
+    """Training goes on while the checkpoint is written; later steps must not reach it."""
+    saver, state = checkpoint.Saver(tmp_path, recipe), random_state(recipe, 88)
+    expected = state.dit.x_embedder.proj.weight.detach().clone()
+    state.record["skipped_windows"] = [[8, 16]]
+    saver.save(state)
+    with torch.no_grad():
+        state.dit.x_embedder.proj.weight.zero_()
+    state.record.clear()
+    saver.wait()
+    saver.close()
+    loaded = checkpoint.load(tmp_path / "000000000088", recipe, downscale=8, device=CPU)
+    assert torch.equal(loaded.dit.x_embedder.proj.weight, expected)
+    assert loaded.record == {"skipped_windows": [[8, 16]]}
+
+
+def load_newest(folder: Path, recipe: Recipe) -> State | None:
+    return checkpoint.load_newest(folder, recipe, downscale=8, device=CPU, shard=unsharded, world=ALONE)
+
+
+def test_a_damaged_checkpoint_is_set_aside(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for images in (88, 96):
+        save(tmp_path, random_state(recipe, images), recipe)
+    (tmp_path / "000000000096" / "state.json").write_text('{"stage": 2, "ima')
+    state = load_newest(tmp_path, recipe)
+    assert state is not None and state.images == 88
+    assert "000000000096 is damaged" in caplog.text and "8 images more are trained again" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000088", "damaged-000000000096"]
+    data = next((tmp_path / "000000000088").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UserError, match="none of the checkpoints.*bytes of"):
+        load_newest(tmp_path, recipe)
+    assert (tmp_path / "000000000088").is_dir()
+    assert load_newest(tmp_path / "nothing", recipe) is None
