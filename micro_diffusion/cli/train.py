@@ -52,14 +52,28 @@ class Train:
     options: Annotated[Options, arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> None:
+        from torch import cuda
+
+        from micro_diffusion.runtime.distributed import join
+        from micro_diffusion.training.parallel import make_deterministic
+
+        options = self.options
+        if options.deterministic:
+            make_deterministic()
         changes = [setting for group in self.settings for setting in group]
         recipe, weights = override(find_recipe(self.recipe), changes), None
         if self.start_from:
             recipe, weights = fine_tuning(recipe, self.start_from.as_posix(), run=self.run, changes=changes)
-        train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, options=self.options)
-        if int(os.environ.get("RANK", "0")):
-            return
-        print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
+        with join(cuda=self.device in ("auto", "cuda") and cuda.is_available(), timeout=options.timeout) as world:
+            logging.basicConfig(format="micro-diffusion: %(message)s")
+            logging.getLogger("micro_diffusion").setLevel(logging.ERROR if world.rank else logging.INFO)
+            train_recipe(
+                recipe, self.store, self.run, device=self.device, weights=weights, options=options, world=world
+            )
+        if not world.rank:
+            print(
+                f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT"
+            )
 
 
 def find_recipe(name: str) -> "Recipe":
@@ -164,37 +178,9 @@ def _value(text: str) -> Any:
 
 def train_recipe(
     recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
-    options: Options = DEFAULTS,
+    options: Options = DEFAULTS, world: "World | None" = None,
 ) -> None:  # fmt: skip
-    """Train, under torchrun with the other ranks; exit with 128 + signal when stopped by one, with 75 when stuck."""
-    from torch import cuda
-
-    from micro_diffusion.runtime.distributed import Stuck, join
-    from micro_diffusion.training.loop import Interrupted
-    from micro_diffusion.training.parallel import make_deterministic
-
-    logging.basicConfig(format="micro-diffusion: %(message)s")
-    logging.getLogger("micro_diffusion").setLevel(logging.ERROR if int(os.environ.get("RANK", "0")) else logging.INFO)
-    if options.deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # before cuBLAS starts
-        make_deterministic()
-    try:
-        with join(cuda=device in ("auto", "cuda") and cuda.is_available(), timeout=options.timeout) as world:
-            train_together(recipe, folders, run, device=device, weights=weights, options=options, world=world)
-    except Interrupted as stopped:
-        print(f"micro-diffusion: {stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
-    except Stuck as error:
-        print(f"micro-diffusion: {error}; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(STUCK)
-
-
-def train_together(
-    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None",
-    options: Options, world: "World",
-) -> None:  # fmt: skip
-    """Open what the recipe needs, check that it fits together, and train."""
+    """Open what the recipe needs, check that it fits together, and train; on a signal exit with 128 + its number."""
     from torch import device as torch_device
 
     from micro_diffusion.data.loader import Loader, require
@@ -202,12 +188,14 @@ def train_together(
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
+    from micro_diffusion.runtime.distributed import ALONE, Stuck
     from micro_diffusion.training.hooks import Progress, Samples, TensorBoard
-    from micro_diffusion.training.loop import train
+    from micro_diffusion.training.loop import Interrupted, train
 
     if not folders:
         raise UserError("Training needs a store: make one with 'micro-diffusion prepare' and give it with --store.")
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
+    world = world or ALONE
     encoders = torch_device("cpu") if world.rank else chosen  # rank 0 draws the samples
     autoencoder = load_autoencoder(recipe.autoencoder, device=encoders)
     text_encoder = load_text_encoder(recipe.text_encoder, device=encoders)
@@ -237,19 +225,28 @@ def train_together(
     board = TensorBoard(run / "tensorboard")
     draw = sampler(recipe, autoencoder, text_encoder, captions)
     samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
-    train(
-        recipe,
-        run=run,
-        loaders=open_loaders(stores, "train"),
-        validation=open_loaders(held_out, "validation") if held_out else None,
-        downscale=autoencoder.downscale,
-        device=chosen,
-        release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-        hooks=(Progress(recipe.images), board, samples),
-        weights=weights,
-        options=options,
-        world=world,
-    )
+    try:
+        train(
+            recipe,
+            run=run,
+            loaders=open_loaders(stores, "train"),
+            validation=open_loaders(held_out, "validation") if held_out else None,
+            downscale=autoencoder.downscale,
+            device=chosen,
+            release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
+            hooks=(Progress(recipe.images), board, samples),
+            weights=weights,
+            options=options,
+            world=world,
+        )
+    except Interrupted as stopped:
+        print(f"micro-diffusion: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
+    except Stuck as error:
+        print(
+            f"micro-diffusion: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
+        )
+        os._exit(STUCK)
 
 
 def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:

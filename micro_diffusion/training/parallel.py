@@ -6,6 +6,7 @@ gradient is that of the global mean. Weights and reductions are float32; bf16 is
 
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -39,7 +40,7 @@ class Parallel:
 
     @functools.cached_property
     def mesh(self) -> DeviceMesh:
-        """All ranks; for hybrid, machines by ranks of a machine: copies along the first axis, shards along the other."""
+        """All ranks; for hybrid machines by ranks of one: copies along the first axis, shards along the second."""
         if self.mode == "fsdp":
             return init_device_mesh(self.device.type, (self.world.size,))
         shape = self.world.size // self.world.local_size, self.world.local_size
@@ -142,6 +143,7 @@ def _synchronise(network: DiT, now: bool) -> None:
 
 def make_deterministic() -> None:
     """Ask torch for the same bits every time: before the first use of a GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch._inductor.config.deterministic = True  # no kernel is chosen by timing
