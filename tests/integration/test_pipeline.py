@@ -142,7 +142,7 @@ def test_a_damaged_model_is_refused(world: World, tmp_path: Path, capsys: pytest
 
 @pytest.mark.slow
 def test_two_ranks_by_the_same_command(world: World) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
     command = [*launch, "micro_diffusion", *map(str, world.train("ranks")), "--parallel", "fsdp", "--micro-batch", "2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
