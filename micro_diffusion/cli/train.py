@@ -7,6 +7,7 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,17 +209,8 @@ def train_recipe(
     check_widths(recipe, autoencoder, text_encoder)
 
     def open_loaders(stores: Sequence[Store], split: str) -> dict[int, Loader]:
-        return {
-            resolution: Loader(
-                stores,
-                resolution=resolution,
-                text_encoder=recipe.text_encoder,
-                seed=recipe.seed,
-                split=split,
-                text_length=recipe.text_length,
-            )
-            for resolution in resolutions
-        }
+        open_one = partial(Loader, text_encoder=recipe.text_encoder, seed=recipe.seed, text_length=recipe.text_length)
+        return {size: open_one(stores, resolution=size, split=split) for size in resolutions}
 
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
     captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
@@ -227,25 +219,17 @@ def train_recipe(
     samples = Samples(draw, run / "samples", every=recipe.sample_every, board=board)
     try:
         train(
-            recipe,
-            run=run,
-            loaders=open_loaders(stores, "train"),
+            recipe, run=run, loaders=open_loaders(stores, "train"),
             validation=open_loaders(held_out, "validation") if held_out else None,
-            downscale=autoencoder.downscale,
-            device=chosen,
+            downscale=autoencoder.downscale, device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=(Progress(recipe.images), board, samples),
-            weights=weights,
-            options=options,
-            world=world,
-        )
+            hooks=(Progress(recipe.images), board, samples), weights=weights, options=options, world=world,
+        )  # fmt: skip
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except Stuck as error:
-        print(
-            f"micro-diffusion: {error}; the same command goes on from the last checkpoint", file=sys.stderr, flush=True
-        )
+        print(f"micro-diffusion: {error}; the same command resumes", file=sys.stderr, flush=True)
         os._exit(STUCK)
 
 
