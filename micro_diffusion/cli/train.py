@@ -1,10 +1,12 @@
 """`micro-diffusion train`: a recipe and latent stores become a run folder with a model in it."""
 
 import json
+import logging
+import os
 import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
+from micro_diffusion.training.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
     import torch
@@ -26,10 +29,13 @@ if TYPE_CHECKING:
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.dit import DiT
     from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.runtime.distributed import World
     from micro_diffusion.training.config import Recipe
+    from micro_diffusion.training.hooks import Hook
     from micro_diffusion.training.stages import State
 
 FROM_CHECKPOINT = ("model", "objective", "sigma_data", "flow_shift", "start_from", "start_from_sha256")
+STUCK = 75
 SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
 
 
@@ -55,8 +61,17 @@ class Train(SourceOptions):
     """auto, cpu, cuda or mps."""
     source: Annotated[str | None, arg(metavar="SOURCE")] = None
     """In place of a store: pictures as prepare takes them, encoded as they are needed, in their order."""
+    options: Annotated[Options, arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> None:
+        from torch import cuda
+
+        from micro_diffusion.runtime.distributed import join
+        from micro_diffusion.training.parallel import make_deterministic
+
+        options = self.options
+        if options.deterministic:
+            make_deterministic()
         changes = [setting for group in self.settings for setting in group]
         recipe, weights = override(find_recipe(self.recipe), changes), None
         if self.start_from:
@@ -68,11 +83,17 @@ class Train(SourceOptions):
                 f"--{next(iter(self.chosen)).replace('_', '-')} does nothing without --source: a store has its own."
             )
         stream = partial(self.stream, self.source) if self.source else None
-        train_recipe(
-            recipe, self.store, self.run, device=self.device, weights=weights, stream=stream,
-            price=self.price, wandb=self.wandb,
-        )  # fmt: skip
-        print(f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT")
+        with join(cuda=self.device in ("auto", "cuda") and cuda.is_available(), timeout=options.timeout) as world:
+            logging.basicConfig(format="micro-diffusion: %(message)s")
+            logging.getLogger("micro_diffusion").setLevel(logging.ERROR if world.rank else logging.INFO)
+            train_recipe(
+                recipe, self.store, self.run, device=self.device, weights=weights, stream=stream, price=self.price,
+                wandb=self.wandb, options=options, world=world,
+            )  # fmt: skip
+        if not world.rank:
+            print(
+                f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT"
+            )
 
 
 def find_recipe(name: str) -> "Recipe":
@@ -178,22 +199,28 @@ def _value(text: str) -> Any:
 def train_recipe(
     recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
     stream: "Callable[..., Stream] | None" = None, price: float | None = None, wandb: str | None = None,
+    options: Options = DEFAULTS, world: "World | None" = None,
 ) -> None:  # fmt: skip
-    """Open what the recipe needs, check that it fits together, and train."""
+    """Open what the recipe needs, check that it fits together, and train; on a signal exit with 128 + its number."""
+    from torch import device as torch_device
+
     from micro_diffusion.data.loader import require
     from micro_diffusion.data.store import Store
     from micro_diffusion.models.autoencoders import load_autoencoder
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
-    from micro_diffusion.training.hooks import Costs, Hook, Progress, Samples, TensorBoard, WandB
+    from micro_diffusion.runtime.distributed import ALONE, Stuck
     from micro_diffusion.training.loop import Interrupted, train
 
     if not folders and not stream:
         raise UserError("Training needs a store: make one with 'micro-diffusion prepare' and give it with --store.")
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
-    autoencoder = load_autoencoder(recipe.autoencoder, device=chosen)
-    text_encoder = load_text_encoder(recipe.text_encoder, device=chosen)
-    having = by_resolution(recipe, stores)
+    world = world or ALONE
+    # rank 0 draws the samples; the others encode only what they train on as it comes
+    encoders = torch_device("cpu") if world.rank and not stream else chosen
+    autoencoder = load_autoencoder(recipe.autoencoder, device=encoders)
+    text_encoder = load_text_encoder(recipe.text_encoder, device=encoders)
+    having = by_resolution(recipe, stores, quiet=world.rank > 0)
     for resolution, some in having.items():
         require(
             some, resolution=resolution, text_encoder=recipe.text_encoder,
@@ -211,50 +238,53 @@ def train_recipe(
     else:
         loaders = open_loaders(recipe, having, "train")
         captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    boards: list[Hook] = [TensorBoard(run / "tensorboard"), *([WandB(wandb, run, recipe=recipe)] if wandb else [])]
-    costs = Costs(run / "log.jsonl", price=find_price(price, chosen))
     draw = sampler(recipe, autoencoder, text_encoder, captions)
-    samples = Samples(draw, run / "samples", every=recipe.sample_every, boards=boards)
+    hooks = [] if world.rank else make_hooks(recipe, run, draw, price=price, wandb=wandb, device=chosen)
     try:
         train(
-            recipe,
-            run=run,
-            loaders=loaders,
-            validation=open_loaders(recipe, kept, "validation") if held_out else None,
-            downscale=autoencoder.downscale,
-            device=chosen,
+            recipe, run=run, loaders=loaders, validation=open_loaders(recipe, kept, "validation") if held_out else None,
+            downscale=autoencoder.downscale, device=chosen,
             release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=(costs, Progress(recipe.images), *boards, samples),
-            weights=weights,
-        )
+            hooks=hooks, weights=weights, options=options, world=world,
+        )  # fmt: skip
     except Interrupted as stopped:
         print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
+    except Stuck as error:
+        print(f"micro-diffusion: {error}; the same command resumes", file=sys.stderr, flush=True)
+        os._exit(STUCK)
     finally:
         for reason, count in source.left_out.most_common() if source else ():
             print(f"  left out: {count:,} ({reason})")
+
+
+def make_hooks(
+    recipe: "Recipe", run: Path, draw: "Callable[[DiT], Image.Image]", *, price: float | None, wandb: str | None,
+    device: "torch.device",
+) -> "list[Hook]":  # fmt: skip
+    """What watches a run, on rank 0."""
+    from micro_diffusion.training.hooks import Costs, Progress, Samples, TensorBoard, WandB
+
+    boards: "list[Hook]" = [TensorBoard(run / "tensorboard"), *([WandB(wandb, run, recipe=recipe)] if wandb else [])]
+    costs = Costs(run / "log.jsonl", price=find_price(price, device))
+    samples = Samples(draw, run / "samples", every=recipe.sample_every, boards=boards)
+    return [costs, Progress(recipe.images), *boards, samples]
 
 
 def open_loaders(recipe: "Recipe", having: "Mapping[int, Sequence[Store]]", split: str) -> "dict[int, Loader]":
     """A loader for each resolution that stores hold."""
     from micro_diffusion.data.loader import Loader
 
-    return {
-        size: Loader(
-            stores, resolution=size, text_encoder=recipe.text_encoder, seed=recipe.seed, split=split,
-            text_length=recipe.text_length,
-        )
-        for size, stores in having.items()
-        if stores
-    }  # fmt: skip
+    open_one = partial(Loader, text_encoder=recipe.text_encoder, seed=recipe.seed, text_length=recipe.text_length)
+    return {size: open_one(stores, resolution=size, split=split) for size, stores in having.items() if stores}
 
 
-def by_resolution(recipe: "Recipe", stores: "Sequence[Store]") -> "dict[int, list[Store]]":
+def by_resolution(recipe: "Recipe", stores: "Sequence[Store]", *, quiet: bool = False) -> "dict[int, list[Store]]":
     """The stores that feed each resolution of the recipe; one that holds none of them is kept, for `require`."""
     sizes = sorted({stage.resolution for stage in recipe.stages})
     having = {size: [s for s in stores if size in s.info.resolutions] or list(stores) for size in sizes}
     having[sizes[0]] += [s for s in stores if not any(s in some for some in having.values())]
-    for size, some in having.items():
+    for size, some in () if quiet else having.items():
         for store in {*map(str, (s.path for s in stores))} - {str(s.path) for s in some}:
             print(f"The stages at {size} px go without {store}, which has no such latents.", file=sys.stderr)
     return having

@@ -71,7 +71,8 @@ if triton is not None:
     def _backward_kernel(
         q, k, v, mask, grad, into_q, into_k, into_v, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
-        factor: tl.constexpr, scale: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+        factor: tl.constexpr, scale: tl.constexpr,
+        MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     ):  # fmt: skip
         image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
         columns, key = tl.arange(0, DIM), tl.arange(0, KEYS)
@@ -123,8 +124,8 @@ if triton is not None:
         heads, factor = width // head_dim, head_dim**-0.5
         launcher(_backward_kernel)[(batch * heads,)](
             q, k, v, either(mask, q), grad, into_q, into_k, into_v, queries, keys, heads,
-            *_strides(q, k, v),
-            factor=factor * LOG2_E, scale=factor, MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
+            *_strides(q, k, v), factor=factor * LOG2_E, scale=factor,
+            MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
             num_warps=8 if keys > 64 else 4,
         )  # fmt: skip
         return into_q, into_k, into_v

@@ -1,6 +1,7 @@
 """MicroDiT (arXiv 2407.15811): a diffusion transformer with patch mixer, deferred masking and expert-choice layers."""
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -236,6 +237,14 @@ def resized(dit: DiT, input_size: int | tuple[int, int], pos_interp_scale: float
     other = DiT(replace(dit.config, input_size=input_size, pos_interp_scale=pos_interp_scale))
     other.load_state_dict({**dit.state_dict(), "pos_embed": other.pos_embed})
     return other.to(dit.pos_embed.device)
+
+
+def rebuilt(dit: DiT, tensors: Mapping[str, Tensor]) -> DiT:
+    """A plain model of the same shape that holds the given tensors themselves, whole or sharded."""
+    with torch.device("meta"):
+        other = DiT(dit.config)
+    other.load_state_dict(tensors, assign=True)
+    return other
 
 
 def conditioned(

@@ -3,29 +3,42 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+class Late(Exception):
+    """A call took longer than the timeout; its thread may still hang."""
+
+
 def ahead(
-    calls: Iterable[Callable[[], T]], *, depth: int, workers: int = 1, name: str, stop: threading.Event | None = None
-) -> Generator[T, None, None]:
-    """The calls' results in order, `depth` of them made ahead; an error is raised in its turn.
+    calls: Iterable[Callable[[], T]], *, depth: int, workers: int = 1, name: str,
+    stop: threading.Event | None = None, timeout: float | None = None,
+) -> Generator[T, None, None]:  # fmt: skip
+    """The calls' results in order, `depth` of them made ahead; an error is raised in its turn, Late after `timeout` s.
 
     Closing the iterator sets `stop`, which tells calls to end early, and waits for those that have begun.
     """
     pending: deque[Future[T]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix=name)
+    pool, alive = ThreadPoolExecutor(workers, thread_name_prefix=name), True
+
+    def result() -> T:
+        nonlocal alive
+        first = pending.popleft()
+        if not (alive := bool(wait([first], timeout).done)):
+            raise Late
+        return first.result()
+
     try:
         for call in calls:
             pending.append(pool.submit(call))
             if len(pending) > depth:
-                yield pending.popleft().result()
+                yield result()
         while pending:
-            yield pending.popleft().result()
+            yield result()
     finally:
         if stop:
             stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=alive, cancel_futures=True)

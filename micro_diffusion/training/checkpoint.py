@@ -1,35 +1,104 @@
-"""Checkpoints: complete or absent, and exact. `checkpoints/000001024/` is the state after 1,024 images."""
+"""Checkpoints: complete or absent, and exact. `checkpoints/000001024/` is the state after 1,024 images.
+
+Names and shapes are the same for any number of ranks and any way of spreading the model over them, so each loads what
+another saved. Ranks must share the file system.
+"""
 
 import contextlib
 import json
+import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
-from micro_diffusion.runtime.files import UserError, atomic_folder
+from micro_diffusion.models.dit import DiT
+from micro_diffusion.runtime.distributed import ALONE, World
+from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder
 from micro_diffusion.training.config import Recipe, differences
 from micro_diffusion.training.ema import Ema
-from micro_diffusion.training.stages import State, first_state
+from micro_diffusion.training.stages import State, first_state, unsharded
+
+logger = logging.getLogger(__name__)
+# Without a process group torch warns that it takes the run for a single process, which it is.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
-def save(folder: Path, state: State, recipe: Recipe, *, keep: int = 2) -> Path:
-    """Write the state aside, rename it into place, and remove all but the newest `keep` checkpoints."""
-    final = folder / f"{state.images:012d}"
-    with atomic_folder(final) as temporary:
-        with _one_process():
-            dcp.save(_tensors(state), checkpoint_id=temporary)
-        clock = {"stage": state.stage, "images": state.images, "ema": state.ema is not None}
-        (temporary / "state.json").write_text(json.dumps(clock))
-        (temporary / "recipe.json").write_text(recipe.to_json())
-    for old in _all(folder)[:-keep]:
-        (old / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
-        shutil.rmtree(old)
-    return final
+class Saver:
+    """Writes checkpoints in the background, one at a time, each rank its part; UserError if one could not be written.
+
+    Keeps the newest `keep` and the first one past each multiple of `keep_every` images.
+    """
+
+    def __init__(
+        self, folder: Path, recipe: Recipe, *, world: World = ALONE, keep: int = 2, keep_every: int = 0
+    ) -> None:
+        self.folder, self.recipe, self.world, self.keep, self.keep_every = folder, recipe, world, keep, keep_every
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, state: State) -> None:
+        """Copy the state to the host and write it; waits for the checkpoint before this one only."""
+        self.wait()
+        tensors, copied = _copy(_tensors(state)), None
+        if state.skipped.is_cuda:
+            (copied := torch.cuda.Event()).record()
+        clock = {
+            "stage": state.stage, "images": state.images, "ema": state.ema is not None,
+            "record": json.loads(json.dumps(state.record)),
+        }  # fmt: skip
+        self._pending = self._pool.submit(self._write, tensors, clock, copied)
+
+    def check(self) -> None:
+        """Raise what went wrong with a checkpoint, if that is known by now."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is in its place."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Begin no other; one that is being written is finished."""
+        self._pool.shutdown(wait=False)
+
+    def _write(self, tensors: Mapping[str, Any], clock: Mapping[str, Any], copied: torch.cuda.Event | None) -> None:
+        if copied is not None:
+            copied.synchronize()
+        final, writes_all = self.folder / f"{clock['images']:012d}", self.world.rank == 0
+        aside = final.with_name(TEMPORARY_PREFIX + final.name)
+        try:
+            with atomic_folder(final) if writes_all else contextlib.nullcontext(aside) as temporary:
+                if self.world.saving is not None:
+                    dist.barrier(self.world.saving)  # the folder is there
+                dcp.save(dict(tensors), checkpoint_id=temporary, process_group=self.world.saving)
+                if writes_all:
+                    (temporary / "recipe.json").write_text(self.recipe.to_json())
+                    sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
+                    (temporary / "state.json").write_text(json.dumps({**clock, "files": sizes}))
+            if writes_all:
+                self._thin()
+        except (CheckpointException, OSError) as error:
+            what = f"the checkpoint at {clock['images']:,} images could not be written ({_reason(error)})"
+            raise UserError(f"{what}; put that right, and the same command goes on from the one before") from error
+
+    def _thin(self) -> None:
+        paths = _all(self.folder)
+        for before, path in zip([None, *paths], paths[: -self.keep], strict=False):
+            images = [int(each.name) if each else 0 for each in (before, path)]
+            if self.keep_every and images[0] // self.keep_every != images[1] // self.keep_every:
+                continue
+            (path / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
+            shutil.rmtree(path)
 
 
 def latest(folder: Path) -> Path | None:
@@ -37,14 +106,49 @@ def latest(folder: Path) -> Path | None:
     return max(_all(folder), default=None)
 
 
-def load(path: Path, recipe: Recipe, *, downscale: int, device: torch.device) -> State:
-    """The state that `save` wrote, bit for bit; UserError if it belongs to another recipe."""
-    check_recipe(path / "recipe.json", recipe)
+def load_newest(
+    folder: Path, recipe: Recipe, *, downscale: int, device: torch.device, shard: Callable[[DiT], DiT], world: World
+) -> State | None:
+    """The state of the newest checkpoint that can be read, None without checkpoints.
+
+    Damaged ones are set aside under another name. UserError if all are damaged, or belong to another recipe.
+    """
+    damaged: list[Path] = []
+    for path in reversed(_all(folder)):
+        reason = ""
+        try:
+            state = load(path, recipe, downscale=downscale, device=device, shard=shard, world=world)
+        except (CheckpointException, OSError, ValueError, KeyError) as error:
+            reason = _reason(error)
+            logger.error("the checkpoint %s is damaged (%s)", path, reason)
+        if world.agree(bool(reason)):
+            damaged.append(path)
+            continue
+        for each in damaged if world.rank == 0 else []:
+            lost = int(each.name) - state.images
+            logger.error("%s is set aside; %s images more are trained again", each, f"{lost:,}")
+            each.rename(each.with_name(f"damaged-{each.name}"))
+        logger.info("going on from %s", path)
+        return state
+    if damaged:
+        raise UserError(f"none of the checkpoints in {folder} can be read; the last reason was: {reason}")
+    return None
+
+
+def load(
+    path: Path, recipe: Recipe, *, downscale: int, device: torch.device, shard: Callable[[DiT], DiT] = unsharded,
+    world: World = ALONE,
+) -> State:  # fmt: skip
+    """The state that `Saver` wrote, bit for bit, spread as `shard` does it; UserError if the recipe is another."""
     clock = json.loads((path / "state.json").read_text())
-    state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device)
-    state.images, state.ema = clock["images"], Ema(state.dit) if clock["ema"] else None
-    with _one_process():
-        dcp.load(_tensors(state), checkpoint_id=path)  # in place
+    for name, size in clock["files"].items():
+        if (found := (path / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes of {size}")
+    check_recipe(path / "recipe.json", recipe)
+    state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device, shard=shard)
+    state.images, state.record = clock["images"], clock["record"]
+    state.ema = Ema(state.dit) if clock["ema"] else None
+    dcp.load(_tensors(state), checkpoint_id=path, process_group=world.control)  # in place
     return state
 
 
@@ -61,6 +165,13 @@ def _all(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("[0-9]*/state.json"))
 
 
+def _reason(error: BaseException) -> str:
+    """The error, or the first that a rank of torch's checkpointing ran into."""
+    for rank, (cause, _) in error.failures.items() if isinstance(error, CheckpointException) else ():
+        return f"rank {rank}: {cause}"
+    return str(error)
+
+
 def _tensors(state: State) -> dict[str, Any]:
     """The state's own tensors under stable names, to be written, or to be read into."""
     optimizer = {name: state.optimizer.state[parameter] for name, parameter in state.dit.named_parameters()}
@@ -68,9 +179,8 @@ def _tensors(state: State) -> dict[str, Any]:
     return tensors | ({"ema": state.ema.dit.state_dict()} if state.ema else {})
 
 
-@contextlib.contextmanager
-def _one_process() -> Iterator[None]:
-    """Without a process group torch warns that it takes the run for a single process, which it is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _copy(tree: Any) -> Any:
+    """A copy on the host; from a GPU into pinned memory, complete when the stream gets there."""
+    if isinstance(tree, Mapping):
+        return {name: _copy(branch) for name, branch in tree.items()}
+    return tree.detach().to("cpu", non_blocking=True, copy=True)

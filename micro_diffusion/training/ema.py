@@ -1,10 +1,8 @@
 """The exponential moving average of the weights, in images seen."""
 
-import copy
-
 import torch
 
-from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.dit import DiT, rebuilt
 from micro_diffusion.training.config import Stage
 
 
@@ -12,7 +10,7 @@ class Ema:
     """A second copy of the model that follows the first."""
 
     def __init__(self, dit: DiT) -> None:
-        self.dit = copy.deepcopy(dit).requires_grad_(False)
+        self.dit = rebuilt(dit, {name: value.clone() for name, value in dit.state_dict().items()}).requires_grad_(False)
 
     @torch.no_grad()
     def update(self, dit: DiT, *, images: int, halflife: int) -> None:

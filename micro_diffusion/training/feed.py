@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from functools import partial
-from itertools import repeat, takewhile
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from micro_diffusion.data.loader import Batches
 from micro_diffusion.models.masking import null_caption
-from micro_diffusion.runtime.ahead import ahead
+from micro_diffusion.runtime.ahead import Late, ahead
+from micro_diffusion.runtime.distributed import ALONE, Stuck, World
 from micro_diffusion.runtime.random import draw_normal, draw_uniform
 from micro_diffusion.training.config import Recipe, Stage
 
@@ -35,13 +36,24 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
-) -> Generator[Examples, None, None]:
-    """The batches between two positions of the run, prepared ahead of the device where it is not the CPU itself."""
+    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device,
+    world: World = ALONE,
+) -> Generator[Examples, None, None]:  # fmt: skip
+    """This rank's share of the batches between two positions of the run; Stuck when the loader gives no more.
+
+    They are prepared ahead of the device where it is not the CPU itself.
+    """
     pin = device.type == "cuda"
-    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
-    made = drawn if device.type == "cpu" else ahead(repeat(partial(next, drawn, None)), depth=2, name="feed")
-    for examples in takewhile(lambda examples: examples is not None, made):
+    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, world=world, pin=pin)
+    depth = 0 if device.type == "cpu" else 2
+    made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)
+    while True:
+        try:
+            examples = next(made)
+        except Late:
+            raise Stuck(f"the data loader of rank {world.rank} has given nothing for {world.timeout:g} s") from None
+        if examples is None:
+            return
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
         states = here.text.float() * here.text_scale.float()[..., None]
         text, mask = null_caption(states, here.text_mask, here.caption_dropped)
@@ -49,12 +61,12 @@ def feed(
 
 
 def _draw(
-    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
+    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, world: World, pin: bool
 ) -> Iterator[Examples]:
     masked = any(ratio for *_, ratio in stage.mask_spans)
-    batches = loader.batches(start, stop, stage.batch_size)
+    batches = loader.batches(start, stop, stage.batch_size, rank=world.rank, world=world.size)
     for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
-        positions = torch.arange(first, first + len(batch.latents))
+        positions = first + stage.batch_size * world.rank // world.size + torch.arange(len(batch.latents))
         examples = Examples(
             latents=batch.latents,
             text=batch.text,

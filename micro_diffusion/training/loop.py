@@ -1,28 +1,35 @@
 """The training loop: batch, loss, backward, guard, step, clock, hooks."""
 
 import contextlib
+import functools
 import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from micro_diffusion.data.loader import Batches, Loader
+from micro_diffusion.diffusion.objectives import EDM, Flow
 from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.runtime.distributed import ALONE, World
 from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
 from micro_diffusion.training import checkpoint
+from micro_diffusion.training.checkpoint import Saver
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import follow
-from micro_diffusion.training.feed import feed
+from micro_diffusion.training.feed import Examples, feed
 from micro_diffusion.training.hooks import Hook, Moment, Validation
 from micro_diffusion.training.meter import Meter
 from micro_diffusion.training.optim import guarded_step, learning_rate
+from micro_diffusion.training.options import DEFAULTS, Options
+from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import State, first_state, next_state
 
 logger = logging.getLogger(__name__)
@@ -47,49 +54,50 @@ def train(
     validation: Mapping[int, Loader] | None = None,
     hooks: Sequence[Hook] = (),
     weights: Mapping[str, Tensor] | None = None,
+    options: Options = DEFAULTS,
+    world: World = ALONE,
 ) -> DiT:
     """Train through all stages in the folder `run`, going on from its newest checkpoint; return the released weights.
 
     `loaders` and `validation` are by resolution, `downscale` is pixels to a latent, and `release(folder, state)` writes
     a model folder, at the end of each stage. `weights` are those of `recipe.start_from`, for a run that begins with it.
-    Raises UserError for a recipe that cannot run and Interrupted on a signal.
+    Under torchrun every rank calls this with its `world`; log, hooks and `release` are rank 0's alone.
+    Raises UserError for a recipe that cannot run, Interrupted on a signal, Stuck for a rank or loader that is.
     """
     recipe.validate()
     _check_loaders(recipe, loaders, validation)
-    state = _open_run(run, recipe, downscale=downscale, device=device, weights=weights)
-    log = RunLog(run / "log.jsonl", images=state.images)
+    parallel = Parallel(options, world, recipe, device)
+    saver = Saver(run / "checkpoints", recipe, world=world, keep=options.keep, keep_every=options.keep_every)
+    state = _open_run(run, saver, parallel=parallel, downscale=downscale, weights=weights)
+    log = RunLog(run / "log.jsonl", images=state.images) if world.rank == 0 else None
     if validation is not None:
         hooks = (Validation(validation, recipe), *hooks)
     meter = Meter(recipe, downscale=downscale, device=device)
     with contextlib.ExitStack() as stack:
-        for close in (log.close, *(hook.close for hook in hooks)):
+        for close in (saver.close, *([log.close] if log else []), *(hook.close for hook in hooks)):
             stack.callback(close)
-        received = stack.enter_context(_signals())
+        received = stack.enter_context(_signals(options.deadline))
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
-            objective, patch_size = recipe.make_objective(stage), recipe.model.patch_size
-            dit = cast(DiT, torch.compile(state.dit, dynamic=False)) if recipe.compile else state.dit
+            objective, network, micro_batch = recipe.make_objective(stage), parallel.network(state.dit), 0
+            share = stage.batch_size // world.size
             batches = feed(
                 loaders[stage.resolution], recipe, stage,
-                patches=state.dit.num_patches, start=state.images, stop=end, device=device,
+                patches=state.dit.num_patches, start=state.images, stop=end, device=device, world=world,
             )  # fmt: skip
             meter.restart()
             with contextlib.closing(batches):
                 for batch in batches:
                     # loss, backward
-                    loss = torch.zeros((), device=device)
                     mask_ratio = stage.mask_ratio_at(state.images - (end - stage.images))
-                    for part in batch.split(stage.micro_batch):
-                        network = conditioned(
-                            dit, part.text, part.text_mask,
-                            precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=part.mask_noise,
-                        )  # fmt: skip
-                        level = objective.noise_level(part.sigma_normal)
-                        terms = objective.loss(network, part.latents, level, part.noise, patch_size=patch_size)
-                        share = terms.per_image.sum() / stage.batch_size
-                        share.backward()
-                        meter.add_levels(part.sigma_normal, terms.per_image)
-                        loss += share.detach()
+                    backward = functools.partial(add_gradient, network, objective, recipe, mask_ratio, share)
+                    micro_batch = micro_batch or parallel.fit(network, batch, stage, backward)
+                    loss = torch.zeros((), device=device)
+                    for part in parallel.split(network, batch, micro_batch):
+                        losses = backward(part)
+                        loss += losses.sum() / share
+                        meter.add_levels(part.sigma_normal, losses)
+                    loss = world.mean(loss)
 
                     # guard, clip, step, clock
                     before, state.images = state.images, state.images + stage.batch_size
@@ -102,24 +110,46 @@ def train(
 
                     # hooks, log, checkpoint
                     moment = Moment(stage, before=before, after=state.images, stage_ends=state.images == end)
-                    signals = tuple(received)
-                    if moment.due(*recipe.intervals) or signals:
-                        row = meter.row(state, rate)
-                        for hook in hooks:
-                            row |= hook.after_step(state, moment)
-                        log.write(row)
-                        for hook in hooks:
-                            hook.on_row(row)
-                        if moment.due(recipe.checkpoint_every) or signals:
-                            checkpoint.save(run / "checkpoints", state, recipe)
+                    signalled = world.agree(received[0] if received else 0)
+                    if moment.due(*recipe.intervals) or signalled:
+                        saver.check()
+                        whole = moment.due(recipe.sample_every, recipe.validate_every)
+                        seen = state.gathered() if whole else state
+                        if log is not None:
+                            row = meter.row(state, rate)
+                            for hook in hooks:
+                                row |= hook.after_step(seen, moment)
+                            log.write(row)
+                            for hook in hooks:
+                                hook.on_row(row)
+                        if moment.due(recipe.checkpoint_every) or signalled:
+                            saver.save(state)
                         meter.restart()
-                    if signals:
-                        raise Interrupted(signals[0])
-            release(run / f"model-stage-{state.stage + 1}", state)
-            release(run / "model", state)
+                    if signalled:
+                        saver.wait()
+                        raise Interrupted(signalled)
+            seen = state.gathered()
+            if world.rank == 0:
+                release(run / f"model-stage-{state.stage + 1}", seen)
+                release(run / "model", seen)
             if state.stage + 1 == len(recipe.stages):
-                return state.shown
-            state = next_state(recipe, state, downscale=downscale)
+                saver.wait()
+                return seen.dit
+            state = next_state(recipe, state, downscale=downscale, shard=parallel.shard)
+
+
+def add_gradient(
+    network: DiT, objective: EDM | Flow, recipe: Recipe, mask_ratio: float, images: int, part: Examples
+) -> Float[Tensor, " b"]:
+    """Add the gradient of a micro-batch's share of the mean over `images`, and return its losses."""
+    predict = conditioned(
+        network, part.text, part.text_mask,
+        precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=part.mask_noise,
+    )  # fmt: skip
+    level = objective.noise_level(part.sigma_normal)
+    terms = objective.loss(predict, part.latents, level, part.noise, patch_size=recipe.model.patch_size)
+    (terms.per_image.sum() / images).backward()
+    return terms.per_image.detach()
 
 
 def _check_loaders(recipe: Recipe, loaders: Mapping[int, Batches], validation: Mapping[int, Loader] | None) -> None:
@@ -132,39 +162,50 @@ def _check_loaders(recipe: Recipe, loaders: Mapping[int, Batches], validation: M
 
 
 def _open_run(
-    run: Path, recipe: Recipe, *, downscale: int, device: torch.device, weights: Mapping[str, Tensor] | None
+    run: Path, saver: Saver, *, parallel: Parallel, downscale: int, weights: Mapping[str, Tensor] | None
 ) -> State:
     """The state to go on from; UserError if the folder holds a run with another recipe."""
-    checkpoints, saved = run / "checkpoints", run / "recipe.json"
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    if saved.exists():
-        checkpoint.check_recipe(saved, recipe)
-    else:
-        write_atomic(saved, recipe.to_json())
-    remove_leftovers(checkpoints)
-    newest = checkpoint.latest(checkpoints)
-    if newest is None and recipe.start_from is not None:
-        if weights is None:
+    recipe, world, device, saved = saver.recipe, saver.world, parallel.device, run / "recipe.json"
+    if world.rank == 0:
+        saver.folder.mkdir(parents=True, exist_ok=True)
+        if not saved.exists():
+            write_atomic(saved, recipe.to_json())
+        remove_leftovers(saver.folder)
+    world.agree()  # the folder is there
+    checkpoint.check_recipe(saved, recipe)
+    state = checkpoint.load_newest(
+        saver.folder, recipe, downscale=downscale, device=device, shard=parallel.shard, world=world
+    )
+    if state is None:
+        if recipe.start_from is not None and weights is None:
             raise UserError(f"the recipe starts from {recipe.start_from}: name that with --start-from")
-        state = first_state(recipe, downscale=downscale, device=device, weights=weights)
-        checkpoint.save(checkpoints, state, recipe)  # so that the run can go on without them
-        return state
-    if newest is None:
-        return first_state(recipe, downscale=downscale, device=device)
-    logger.info("resuming from %s", newest)
-    return checkpoint.load(newest, recipe, downscale=downscale, device=device)
+        state = first_state(recipe, downscale=downscale, device=device, weights=weights, shard=parallel.shard)
+        if weights is not None:
+            saver.save(state)  # so that the run can go on without them
+            saver.wait()
+    return state
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; the second one acts at once."""
+def _signals(deadline: float) -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; the second one acts at once.
+
+    `deadline` seconds after the first one the process ends, whatever it waits for; the last checkpoint is whole.
+    """
     received: list[int] = []
+    watchdog = threading.Timer(deadline, lambda: give_up(received[0]))
+    watchdog.daemon = True
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield received
         return
 
+    def give_up(number: int) -> None:
+        logger.error("nothing saved within %g s of %s", deadline, signal.Signals(number).name)
+        os._exit(128 + number)
+
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
+        watchdog.start()
         for each, handler in previous.items():
             signal.signal(each, handler)
 
@@ -172,5 +213,6 @@ def _signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        watchdog.cancel()
         for each, handler in previous.items():
             signal.signal(each, handler)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from micro_diffusion.training.config import Recipe, Stage
@@ -52,6 +53,7 @@ def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float, clip_n
     """
     group = optimizer.param_groups[0]
     norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     taken = torch.isfinite(norm) & torch.isfinite(loss)
     group["lr"] = lr
     optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]

@@ -1,13 +1,15 @@
 """The state of a run, and what one stage hands to the next."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from micro_diffusion.models.dit import DiT, resized
+from micro_diffusion.models.dit import DiT, rebuilt, resized
 from micro_diffusion.runtime.random import derive_seed
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
@@ -24,11 +26,26 @@ class State:
     skipped: Tensor  # steps that the guard skipped, counted on the device
     stage: int
     images: int
+    record: dict[str, Any] = field(default_factory=dict)  # JSON that checkpoints keep, as the windows left out
 
     @property
     def shown(self) -> DiT:
         """The weights that are sampled, validated and released: the average where there is one."""
         return self.ema.dit if self.ema else self.dit
+
+    def gathered(self) -> "State":
+        """The state with the weights that are shown, whole and in a plain model; called on every rank at once."""
+        return replace(self, dit=_whole(self.shown), ema=None)
+
+
+def _whole(dit: DiT) -> DiT:
+    tensors = dit.state_dict().items()
+    return rebuilt(dit, {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors})
+
+
+def unsharded(dit: DiT) -> DiT:
+    """The model as it is, whole on this process."""
+    return dit
 
 
 def first_state(
@@ -38,21 +55,23 @@ def first_state(
     downscale: int,
     device: torch.device,
     weights: Mapping[str, Tensor] | None = None,
+    shard: Callable[[DiT], DiT] = unsharded,
 ) -> State:
     """A new model in the shape of the given stage: random, the same for the same seed, or with `weights`.
 
-    The positions are the stage's own in any case.
+    The positions are the stage's own in any case. `shard` spreads the model over the ranks.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         dit = DiT(recipe.stage_model(recipe.stages[stage], downscale=downscale)).to(device)
     if weights is not None:
         dit.load_state_dict({**weights, "pos_embed": dit.pos_embed})
+    dit = shard(dit)
     optimizer = make_optimizer(dit.parameters(), recipe)
     return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
 
 
-def next_state(recipe: Recipe, state: State, *, downscale: int) -> State:
+def next_state(recipe: Recipe, state: State, *, downscale: int, shard: Callable[[DiT], DiT] = unsharded) -> State:
     """The state in which the stage after `state.stage` begins.
 
     `weights` takes over the trained weights alone (not their average: the optimizer left off there), regenerates the
@@ -63,8 +82,8 @@ def next_state(recipe: Recipe, state: State, *, downscale: int) -> State:
     dit, optimizer, ema = state.dit, state.optimizer, state.ema
     if stage.start == "weights":
         config = recipe.stage_model(stage, downscale=downscale)
-        dit = resized(dit, config.input_size, config.pos_interp_scale)
+        dit = shard(resized(_whole(dit), config.input_size, config.pos_interp_scale))
         optimizer = make_optimizer(dit.parameters(), recipe)
     if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
         ema = None
-    return State(dit, optimizer, ema, state.skipped, stage=state.stage + 1, images=state.images)
+    return replace(state, dit=dit, optimizer=optimizer, ema=ema, stage=state.stage + 1)

@@ -1,13 +1,15 @@
 """prepare -> train -> Ctrl-C -> resume -> SIGKILL -> resume -> generate, as a user runs them."""
 
 import json
+import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from integration.command_line import make_autoencoder, make_pictures, run, start, tiny_recipe
+from integration.command_line import ROOT, make_autoencoder, make_pictures, run, start, tiny_recipe
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -136,3 +138,23 @@ def test_a_damaged_model_is_refused(world: World, tmp_path: Path, capsys: pytest
     assert main(["generate", "--model", str(tmp_path / "model"), "a cat", "--out", str(tmp_path / "out")]) == 2
     assert "damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_by_the_same_command(world: World) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "--"]
+    command = [*launch, "micro_diffusion", *map(str, world.train("ranks")), "--parallel", "fsdp", "--micro-batch", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("The model is in") == 1
+    ranks, alone = world.folder / "ranks", world.folder / "alone"
+    run(*world.train("alone"))
+    found, expected = ([(row["images"], row["loss"]) for row in read(each / "log.jsonl")] for each in (ranks, alone))
+    assert dict(found) == pytest.approx(dict(expected), rel=1e-3)
+    assert "validation" in read(ranks / "log.jsonl")[-1]
+    assert sorted(path.name for path in (ranks / "samples").iterdir()) == ["000000240.png", "000000480.png"]
+    assert (
+        load_file(ranks / "model" / "model.safetensors").keys()
+        == load_file(alone / "model" / "model.safetensors").keys()
+    )

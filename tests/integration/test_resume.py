@@ -59,7 +59,7 @@ class Kill(Hook):
                 os.kill(os.getpid(), signal.SIGKILL)
             write = dcp.save
 
-            def half(state_dict: dict[str, object], *, checkpoint_id: Path) -> None:
+            def half(state_dict: dict[str, object], *, checkpoint_id: Path, process_group: None) -> None:
                 write(state_dict, checkpoint_id=checkpoint_id)
                 data = next(checkpoint_id.glob("*.distcp"))
                 data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])

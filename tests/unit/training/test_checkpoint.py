@@ -4,11 +4,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from micro_diffusion.runtime.distributed import ALONE
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
-from micro_diffusion.training.stages import State, first_state
+from micro_diffusion.training.stages import State, first_state, unsharded
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,14 @@ def random_state(recipe: Recipe, images: int, *, ema: bool = True) -> State:
     for tensor in tensors(state).values():
         tensor.copy_(torch.randn_like(tensor))
     return state
+
+
+def save(folder: Path, state: State, recipe: Recipe, **keep: int) -> Path:
+    saver = checkpoint.Saver(folder, recipe, **keep)
+    saver.save(state)
+    saver.wait()
+    saver.close()
+    return folder / f"{state.images:012d}"
 
 
 def tensors(state: State) -> dict[str, torch.Tensor]:
@@ -34,7 +43,7 @@ def tensors(state: State) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("ema", [False, True])
 def test_loads_what_was_saved_to_the_bit(recipe: Recipe, tmp_path: Path, ema: bool) -> None:
     saved = random_state(recipe, 96, ema=ema)
-    path = checkpoint.save(tmp_path, saved, recipe)
+    path = save(tmp_path, saved, recipe)
     loaded = checkpoint.load(path, recipe, downscale=8, device=CPU)
     expected, found = tensors(saved), tensors(loaded)
     assert expected.keys() == found.keys()
@@ -45,19 +54,64 @@ def test_loads_what_was_saved_to_the_bit(recipe: Recipe, tmp_path: Path, ema: bo
 def test_keeps_the_newest_two(recipe: Recipe, tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) is None
     for images in (88, 96, 104):
-        checkpoint.save(tmp_path, random_state(recipe, images), recipe)
+        save(tmp_path, random_state(recipe, images), recipe)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000096", "000000000104"]
     assert checkpoint.latest(tmp_path) == tmp_path / "000000000104"
 
 
 def test_half_a_checkpoint_is_none(recipe: Recipe, tmp_path: Path) -> None:
-    good = checkpoint.save(tmp_path, random_state(recipe, 88), recipe)
+    good = save(tmp_path, random_state(recipe, 88), recipe)
     (tmp_path / ".tmp-000000000096").mkdir()
     (tmp_path / "000000000104").mkdir()
     assert checkpoint.latest(tmp_path) == good
 
 
 def test_another_recipe_is_refused_by_name(recipe: Recipe, tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, random_state(recipe, 88), recipe)
+    path = save(tmp_path, random_state(recipe, 88), recipe)
     with pytest.raises(UserError, match=r"eps: 1e-06 here, 1e-08 there; seed: 5 here, 3 there"):
         checkpoint.load(path, replace(recipe, seed=5, eps=1e-6), downscale=8, device=CPU)
+
+
+def test_keeps_the_first_past_each_multiple(recipe: Recipe, tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, recipe, keep=1, keep_every=50)
+    for images in range(16, 176, 24):
+        saver.save(random_state(recipe, images))
+    saver.wait()
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [64, 112, 160]
+    saver.close()
+
+
+def test_what_is_copied_is_what_is_written(recipe: Recipe, tmp_path: Path) -> None:
+    """Training goes on while the checkpoint is written; later steps must not reach it."""
+    saver, state = checkpoint.Saver(tmp_path, recipe), random_state(recipe, 88)
+    expected = state.dit.x_embedder.proj.weight.detach().clone()
+    state.record["skipped_windows"] = [[8, 16]]
+    saver.save(state)
+    with torch.no_grad():
+        state.dit.x_embedder.proj.weight.zero_()
+    state.record.clear()
+    saver.wait()
+    saver.close()
+    loaded = checkpoint.load(tmp_path / "000000000088", recipe, downscale=8, device=CPU)
+    assert torch.equal(loaded.dit.x_embedder.proj.weight, expected)
+    assert loaded.record == {"skipped_windows": [[8, 16]]}
+
+
+def load_newest(folder: Path, recipe: Recipe) -> State | None:
+    return checkpoint.load_newest(folder, recipe, downscale=8, device=CPU, shard=unsharded, world=ALONE)
+
+
+def test_a_damaged_checkpoint_is_set_aside(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for images in (88, 96):
+        save(tmp_path, random_state(recipe, images), recipe)
+    (tmp_path / "000000000096" / "state.json").write_text('{"stage": 2, "ima')
+    state = load_newest(tmp_path, recipe)
+    assert state is not None and state.images == 88
+    assert "000000000096 is damaged" in caplog.text and "8 images more are trained again" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000088", "damaged-000000000096"]
+    data = next((tmp_path / "000000000088").glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(UserError, match="none of the checkpoints.*bytes of"):
+        load_newest(tmp_path, recipe)
+    assert (tmp_path / "000000000088").is_dir()
+    assert load_newest(tmp_path / "nothing", recipe) is None

@@ -1,0 +1,149 @@
+"""One device, DDP, FSDP2 and hybrid sharding, from outside the model: names, shapes and mathematics stay the same.
+
+Each rank takes its contiguous share of every global batch, and both wrappers average gradients over the ranks, so the
+gradient is that of the global mean. Weights and reductions are float32; bf16 is the autocast inside.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from micro_diffusion.models.dit import DiT
+from micro_diffusion.runtime.distributed import World
+from micro_diffusion.runtime.files import UserError
+from micro_diffusion.training.config import Recipe, Stage
+from micro_diffusion.training.feed import Examples
+from micro_diffusion.training.options import Options
+
+logger = logging.getLogger(__name__)
+
+
+class Parallel:
+    """How the model of a run is spread over the ranks; UserError for batches that do not divide among them."""
+
+    def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
+        self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
+        several = "ddp" if options.parallel == "auto" else options.parallel
+        self.mode = several if world.size > 1 else "single"
+        self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
+        for stage in recipe.stages:
+            self.micro_batch(stage)
+
+    @functools.cached_property
+    def mesh(self) -> DeviceMesh:
+        """All ranks; for hybrid machines by ranks of one: copies along the first axis, shards along the second."""
+        if self.mode == "fsdp":
+            return init_device_mesh(self.device.type, (self.world.size,))
+        shape = self.world.size // self.world.local_size, self.world.local_size
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def micro_batch(self, stage: Stage) -> int:
+        """Images of one forward pass of this rank, before any halving."""
+        share, rest = divmod(stage.batch_size, self.world.size)
+        chosen = self.options.micro_batch if isinstance(self.options.micro_batch, int) else stage.micro_batch
+        size = min(chosen or share, share)
+        if rest or share % size:
+            raise UserError(
+                f"stage {stage.name!r}: a batch of {stage.batch_size} does not divide among {self.world.size} ranks "
+                f"with micro-batches of {size or chosen}: change batch_size, --micro-batch or the number of ranks"
+            )
+        return size
+
+    def shard(self, dit: DiT) -> DiT:
+        """Prepare a new model, in place, before its optimizer is made: blocks recompute, compile, parameters shard.
+
+        Compiling block by block leaves the hooks of FSDP and DDP between the blocks, where communication overlaps.
+        """
+        blocks = cast(list[nn.Module], [*dit.patch_mixer, *dit.blocks])
+        for block in blocks:
+            if self.by_block:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            if self.options.activation_checkpointing:
+                block.forward = functools.partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
+        if self.mode in ("fsdp", "hybrid"):
+            for module in (*blocks, dit):
+                fully_shard(module, mesh=self.mesh)
+        return dit
+
+    def network(self, dit: DiT) -> DiT:
+        """What a stage calls in place of the prepared model; the parameters are the model's own."""
+        if self.compile:
+            torch.compiler.reset()  # graphs of the stage before
+            torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
+        if self.mode == "ddp":
+            where = [self.device] if self.device.type == "cuda" else None
+            wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True)
+            wrapped.config = dit.config  # type: ignore[assignment]
+            return cast(DiT, wrapped)
+        return cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
+
+    def split(self, network: DiT, batch: Examples, size: int) -> Iterator[Examples]:
+        """Micro-batches of `size` images; gradients cross the ranks in the backward pass of the last one only."""
+        parts = list(batch.split(size))
+        for index, part in enumerate(parts):
+            _synchronise(network, index + 1 == len(parts))
+            yield part
+
+    def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:
+        """The micro-batch of a stage, halved until forward and backward of its first one fit on every rank.
+
+        Without sharding the trial does not communicate, so a rank that runs out of memory leaves no other waiting.
+        """
+        size, chosen = self.micro_batch(stage), self.options.micro_batch or stage.micro_batch
+        if chosen != "auto" and (chosen or self.device.type != "cuda"):
+            return size
+        while self.world.agree(not self._fits(network, batch, size, stage, backward)):
+            share = stage.batch_size // self.world.size
+            smaller = max((part for part in range(1, size // 2 + 1) if share % part == 0), default=0)
+            if not smaller or isinstance(network, FSDPModule):
+                raise UserError(
+                    f"stage {stage.name!r}: out of memory with micro-batches of {size} images; set a smaller "
+                    "--micro-batch, or --activation-checkpointing"
+                )
+            logger.warning("stage %r: out of memory with micro-batches of %d images", stage.name, size)
+            size = smaller
+        logger.info("stage %r: micro-batches of %d images", stage.name, size)
+        return size
+
+    def _fits(
+        self, network: DiT, batch: Examples, size: int, stage: Stage, backward: Callable[[Examples], object]
+    ) -> bool:
+        reserve: list[Tensor] = []  # what an average takes later in the stage
+        _synchronise(network, False)
+        try:
+            reserve += [torch.empty_like(each) for each in network.parameters() if stage.ema_halflife_images]
+            backward(next(batch.split(size)))
+            fits = True
+        except torch.OutOfMemoryError:
+            fits = False
+        reserve.clear()
+        network.zero_grad(set_to_none=True)
+        if not fits and self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return fits
+
+
+def _synchronise(network: DiT, now: bool) -> None:
+    if isinstance(network, DistributedDataParallel):
+        network.require_backward_grad_sync = now
+    elif isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(now)
+
+
+def make_deterministic() -> None:
+    """Ask torch for the same bits every time: before the first use of a GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch._inductor.config.deterministic = True  # no kernel is chosen by timing

@@ -1,0 +1,104 @@
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from micro_diffusion.data.loader import Loader
+from micro_diffusion.models.dit import DiT
+from micro_diffusion.runtime.distributed import ALONE, World
+from micro_diffusion.runtime.files import UserError
+from micro_diffusion.training import loop
+from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.feed import Examples
+from micro_diffusion.training.options import Options
+from micro_diffusion.training.parallel import Parallel
+from micro_diffusion.training.stages import State, first_state
+
+CPU = torch.device("cpu")
+
+
+def run(recipe: Recipe, folder: Path, loaders: dict[int, Loader], options: Options) -> torch.Tensor:
+    def release(folder: Path, state: State) -> None:
+        folder.mkdir(exist_ok=True)
+
+    dit = loop.train(
+        recipe, run=folder, loaders=loaders, downscale=8, device=CPU, release=release, options=options
+    )  # fmt: skip
+    return torch.cat([parameter.detach().flatten() for parameter in dit.parameters()])
+
+
+@pytest.mark.parametrize("fits", [4, 2, 1, 0])
+def test_out_of_memory_halves_the_micro_batch(
+    one_stage: Callable[..., Recipe],
+    loaders: dict[int, Loader],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fits: int,
+) -> None:
+    """A device that holds `fits` images; what is trained is what a micro-batch given by hand trains, to the bit."""
+    sizes = []
+    gradient = loop.add_gradient
+
+    def limited(*arguments: object) -> torch.Tensor:
+        part = arguments[-1]
+        assert isinstance(part, Examples)
+        sizes.append(len(part.latents))
+        if len(part.latents) > fits:
+            raise torch.OutOfMemoryError("out of memory")
+        return gradient(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "add_gradient", limited)
+    caplog.set_level(logging.INFO)
+    if not fits:
+        with pytest.raises(UserError, match="out of memory with micro-batches of 1 images"):
+            run(one_stage(), tmp_path / "auto", loaders, Options(micro_batch="auto"))
+        return
+    found = run(one_stage(), tmp_path / "auto", loaders, Options(micro_batch="auto"))
+    tried = [size for size in (8, 4, 2, 1) if size >= fits]
+    assert sizes == tried + [fits] * (5 * 8 // fits)
+    assert f"stage '1': micro-batches of {fits} images" in caplog.text
+    assert torch.equal(found, run(one_stage(), tmp_path / "given", loaders, Options(micro_batch=fits)))
+
+
+def test_activation_checkpointing_changes_nothing(
+    one_stage: Callable[..., Recipe], loaders: dict[int, Loader], tmp_path: Path
+) -> None:
+    plain = run(one_stage(), tmp_path / "plain", loaders, Options())
+    assert torch.equal(run(one_stage(), tmp_path / "less", loaders, Options(activation_checkpointing=True)), plain)
+
+
+def test_keys_and_shown_weights_are_plain(one_stage: Callable[..., Recipe]) -> None:
+    recipe = one_stage()
+    parallel = Parallel(Options(activation_checkpointing=True), ALONE, recipe, CPU)
+    state = first_state(recipe, downscale=8, device=CPU, shard=parallel.shard)
+    assert state.dit.state_dict().keys() == DiT(state.dit.config).state_dict().keys()
+    assert "forward" in vars(state.dit.blocks[0]) and "forward" not in vars(state.gathered().dit.blocks[0])
+    weight = state.gathered().dit.x_embedder.proj.weight
+    assert weight.data_ptr() == state.dit.x_embedder.proj.weight.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("size", "stage", "option", "expected"),
+    [(1, 0, None, 8), (2, 0, None, 4), (2, 2, None, 2), (4, 4, None, 2), (2, 4, 1, 1), (8, 2, None, 1)],
+)
+def test_micro_batch_of_a_rank(
+    one_stage: Callable[..., Recipe], size: int, stage: int, option: int | None, expected: int
+) -> None:
+    recipe = one_stage(micro_batch=stage)
+    parallel = Parallel(Options(micro_batch=option), replace(ALONE, size=size), recipe, CPU)
+    assert parallel.micro_batch(recipe.stages[0]) == expected
+
+
+@pytest.mark.parametrize(("size", "option"), [(3, None), (2, 3), (16, None)])
+def test_what_does_not_divide(one_stage: Callable[..., Recipe], size: int, option: int | None) -> None:
+    with pytest.raises(UserError, match=f"a batch of 8 does not divide among {size} ranks"):
+        Parallel(Options(micro_batch=option), World(size=size), one_stage(), CPU)
+
+
+def test_options_that_cannot_be() -> None:
+    with pytest.raises(UserError, match="--deadline must be positive"):
+        Options(deadline=0)
