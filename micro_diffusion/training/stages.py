@@ -48,7 +48,7 @@ def first_state(
         dit = DiT(recipe.stage_model(recipe.stages[stage], downscale=downscale)).to(device)
     if weights is not None:
         dit.load_state_dict({**weights, "pos_embed": dit.pos_embed})
-    optimizer = make_optimizer(dit.parameters(), recipe)
+    optimizer = make_optimizer(dit, recipe)
     return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
 
 
@@ -64,7 +64,7 @@ def next_state(recipe: Recipe, state: State, *, downscale: int) -> State:
     if stage.start == "weights":
         config = recipe.stage_model(stage, downscale=downscale)
         dit = resized(dit, config.input_size, config.pos_interp_scale)
-        optimizer = make_optimizer(dit.parameters(), recipe)
+        optimizer = make_optimizer(dit, recipe)
     if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
         ema = None
     return State(dit, optimizer, ema, state.skipped, stage=state.stage + 1, images=state.images)
