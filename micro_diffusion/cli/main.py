@@ -23,7 +23,7 @@ USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
+    """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
     verb: Quickstart | Prepare | Data | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb()
     except UserError as error:
-        return _say(str(error), USER_ERROR)
+        return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say("Stopped; the same command goes on from here.", INTERRUPTED)
     except Exception as error:
