@@ -9,6 +9,7 @@ from types import FrameType
 import tyro
 
 from micro_diffusion.cli.data import Data
+from micro_diffusion.cli.ema import Ema
 from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.prepare import Prepare
@@ -18,13 +19,14 @@ from micro_diffusion.runtime.files import UserError
 
 VERBS = {
     "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "generate": Generate, "export": Export,
+    "ema": Ema,
 }  # fmt: skip
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Data | Train | Generate | Export = tyro.extras.subcommand_cli_from_dict(
+    verb: Quickstart | Prepare | Data | Train | Generate | Export | Ema = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from micro_diffusion.cli.main import main
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.models.checkpoints import ModelCard, Part, read_folder, write_folder
 from micro_diffusion.models.dit import DiT
@@ -94,7 +95,9 @@ def test_one_snapshot_is_the_projection_of_the_profile() -> None:
     assert missed == pytest.approx(np.linalg.norm(factors[0] * p - q) / np.linalg.norm(q), rel=1e-3)
 
 
-def test_any_width_from_snapshots(one_stage: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_any_width_from_snapshots(
+    one_stage: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Against the average of that width followed directly, of weights that wander."""
     recipe = replace(one_stage(images=8 * 400, ema_sigma_rel=(0.05, 0.1)), snapshot_every=160)
     (stage,), wanted = recipe.stages, replace(recipe.stages[0], ema_sigma_rel=(0.075, 0.15))
@@ -121,6 +124,12 @@ def test_any_width_from_snapshots(one_stage: Callable[..., Recipe], tmp_path: Pa
         found, expected = weights["final_layer.linear.bias"][0].item(), values(copy)[0].item()
         assert found == pytest.approx(expected, abs=0.01)
         assert abs(expected - values(state.ema.dit)[0].item()) > 0.05  # another average than the one that was kept
+    assert main(["ema", str(tmp_path), "--sigma-rel", "0.15", "--out", str(tmp_path / "by-command")]) == 0
+    assert "met to 99." in capsys.readouterr().out
+    expected, found = (read_folder(tmp_path / name)[0] for name in ("out", "by-command"))
+    assert expected.keys() == found.keys() and not torch.equal(
+        expected["final_layer.linear.bias"], found["final_layer.linear.bias"]
+    )
     with pytest.raises(UserError, match="from 0 to 0.28"):
         reconstruct(tmp_path, tmp_path / "out", sigma_rel=0.5)
     with pytest.raises(UserError, match="keeps no averages"):
