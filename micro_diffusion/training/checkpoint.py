@@ -5,15 +5,17 @@ import json
 import shutil
 import warnings
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 
-from micro_diffusion.runtime.files import UserError, atomic_folder
+from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
 from micro_diffusion.training.config import Recipe, differences
 from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.guard import Guard, Trouble, record
 from micro_diffusion.training.stages import State, first_state
 
 
@@ -23,13 +25,35 @@ def save(folder: Path, state: State, recipe: Recipe, *, keep: int = 2) -> Path:
     with atomic_folder(final) as temporary:
         with _one_process():
             dcp.save(_tensors(state), checkpoint_id=temporary)
-        clock = {"stage": state.stage, "images": state.images, "ema": state.ema is not None}
+        clock = {"stage": state.stage, "images": state.images, "guard": asdict(state.guard)}
+        clock["ema"] = len(state.ema.dits) if state.ema else 0
         (temporary / "state.json").write_text(json.dumps(clock))
         (temporary / "recipe.json").write_text(recipe.to_json())
-    for old in _all(folder)[:-keep]:
+    _remove(_all(folder)[:-keep])
+    return final
+
+
+def rewind(folder: Path, guard: Guard, trouble: Trouble, *, limit: int) -> Path:
+    """The newest checkpoint from before the trouble, told to leave that data out; those after it are removed.
+
+    Should none be that old, it is the oldest. TrainingFailed after `limit` rollbacks.
+    """
+    after, saved = guard.after(trouble, limit=limit), _all(folder)
+    good = max(1, sum(int(path.name) <= trouble.start for path in saved))
+    path = saved[good - 1]
+    clock = json.loads((path / "state.json").read_text())
+    clock["guard"]["steps"] = [step for step in clock["guard"]["steps"] if step[1] is not None]
+    clock["guard"] |= {"windows": after.windows, "rollbacks": after.rollbacks}
+    write_atomic(path / "state.json", json.dumps(clock))
+    _remove(saved[good:])
+    record(folder.parent / "guard.jsonl", f"back to {clock['images']} images: {trouble.why}", windows=after.windows)
+    return path
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for old in checkpoints:
         (old / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
         shutil.rmtree(old)
-    return final
 
 
 def latest(folder: Path) -> Path | None:
@@ -42,7 +66,8 @@ def load(path: Path, recipe: Recipe, *, downscale: int, device: torch.device) ->
     check_recipe(path / "recipe.json", recipe)
     clock = json.loads((path / "state.json").read_text())
     state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device)
-    state.images, state.ema = clock["images"], Ema(state.dit) if clock["ema"] else None
+    state.images, state.ema = clock["images"], Ema(state.dit, clock["ema"]) if clock["ema"] else None
+    state.guard = Guard(**clock["guard"])
     with _one_process():
         dcp.load(_tensors(state), checkpoint_id=path)  # in place
     return state
@@ -65,7 +90,8 @@ def _tensors(state: State) -> dict[str, Any]:
     """The state's own tensors under stable names, to be written, or to be read into."""
     optimizer = {name: state.optimizer.state[parameter] for name, parameter in state.dit.named_parameters()}
     tensors = {"weights": state.dit.state_dict(), "optimizer": optimizer, "skipped": state.skipped}
-    return tensors | ({"ema": state.ema.dit.state_dict()} if state.ema else {})
+    averages = state.ema.dits if state.ema else []
+    return tensors | {f"ema{index or ''}": dit.state_dict() for index, dit in enumerate(averages)}
 
 
 @contextlib.contextmanager

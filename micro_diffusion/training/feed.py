@@ -1,7 +1,7 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -33,11 +33,11 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device
+    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, data: Sequence[tuple[int, int]], device: torch.device
 ) -> Generator[Examples, None, None]:
-    """The batches between two positions of the run, prepared ahead of the device where it is not the CPU itself."""
+    """The batches in ranges of positions, prepared ahead of the device where it is not the CPU itself."""
     pin = device.type == "cuda"
-    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, pin=pin)
+    drawn = (each for some in data for each in _draw(loader, recipe, stage, patches=patches, data=some, pin=pin))
     for examples in drawn if device.type == "cpu" else _ahead(drawn, depth=2):
         here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
         text, mask = null_caption(here.text.float(), here.text_mask, here.caption_dropped)
@@ -45,8 +45,9 @@ def feed(
 
 
 def _draw(
-    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, pin: bool
+    loader: Loader, recipe: Recipe, stage: Stage, *, patches: int, data: tuple[int, int], pin: bool
 ) -> Iterator[Examples]:
+    start, stop = data
     batches = loader.batches(start, stop, stage.batch_size)
     for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
         positions = torch.arange(first, first + len(batch.latents))

@@ -5,6 +5,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -20,6 +21,7 @@ from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import follow
 from micro_diffusion.training.feed import feed
+from micro_diffusion.training.guard import stretches, watch
 from micro_diffusion.training.hooks import Hook, Moment, Validation
 from micro_diffusion.training.meter import Meter
 from micro_diffusion.training.optim import guarded_step, learning_rate
@@ -69,10 +71,9 @@ def train(
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
             objective, patch_size = recipe.make_objective(stage), recipe.model.patch_size
             dit = cast(DiT, torch.compile(state.dit, dynamic=False)) if recipe.compile else state.dit
-            batches = feed(
-                loaders[stage.resolution], recipe, stage,
-                patches=state.dit.num_patches, start=state.images, stop=end, device=device,
-            )  # fmt: skip
+            data = stretches(state.images, end, state.guard.windows, size=stage.batch_size)
+            loader, trouble = loaders[stage.resolution], None
+            batches = feed(loader, recipe, stage, patches=state.dit.num_patches, data=data, device=device)
             meter.restart()
             with contextlib.closing(batches):
                 for batch in batches:
@@ -97,12 +98,19 @@ def train(
                     state.skipped += ~step.taken
                     state.ema = follow(state.ema, state.dit, stage, images=into_stage)
                     meter.add(loss, step, images=stage.batch_size)
+                    state.guard.add(before, loss, step)
 
                     # hooks, log, checkpoint
                     moment = Moment(stage, before=before, after=state.images, stage_ends=state.images == end)
                     signals = tuple(received)
                     if moment.due(*recipe.intervals) or signals:
-                        row = meter.row(state, rate)
+                        if trouble := state.guard.read(recipe, stage, loader, log=run / "guard.jsonl"):
+                            break
+                        row = meter.row(state, rate) | watch(state.dit, part, recipe=recipe, stage=stage)
+                        if state.ema and moment.due(recipe.snapshot_every):
+                            for index, width in enumerate(stage.ema_sigma_rel):
+                                alone = replace(state, ema=state.ema.alone(index))
+                                release(run / "averages" / f"{state.images:012d}-{width}", alone)
                         for hook in hooks:
                             row |= hook.after_step(state, moment)
                         log.write(row)
@@ -113,6 +121,11 @@ def train(
                         meter.restart()
                     if signals:
                         raise Interrupted(signals[0])
+            if trouble:
+                good = checkpoint.rewind(run / "checkpoints", state.guard, trouble, limit=recipe.guard_rollbacks)
+                state = checkpoint.load(good, recipe, downscale=downscale, device=device)
+                log.rewind(state.images)
+                continue
             release(run / f"model-stage-{state.stage + 1}", state)
             release(run / "model", state)
             if state.stage + 1 == len(recipe.stages):
@@ -141,14 +154,12 @@ def _open_run(
         write_atomic(saved, recipe.to_json())
     remove_leftovers(checkpoints)
     newest = checkpoint.latest(checkpoints)
-    if newest is None and recipe.start_from is not None:
-        if weights is None:
+    if newest is None:
+        if recipe.start_from is not None and weights is None:
             raise UserError(f"the recipe starts from {recipe.start_from}: name that with --start-from")
         state = first_state(recipe, downscale=downscale, device=device, weights=weights)
-        checkpoint.save(checkpoints, state, recipe)  # so that the run can go on without them
+        checkpoint.save(checkpoints, state, recipe)  # to go back to, and to go on from without the weights
         return state
-    if newest is None:
-        return first_state(recipe, downscale=downscale, device=device)
     logger.info("resuming from %s", newest)
     return checkpoint.load(newest, recipe, downscale=downscale, device=device)
 

@@ -1,7 +1,7 @@
 """The state of a run, and what one stage hands to the next."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from micro_diffusion.models.dit import DiT, resized
 from micro_diffusion.runtime.random import derive_seed
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.guard import Guard
 from micro_diffusion.training.optim import make_optimizer
 
 
@@ -24,6 +25,7 @@ class State:
     skipped: Tensor  # steps that the guard skipped, counted on the device
     stage: int
     images: int
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def shown(self) -> DiT:
@@ -67,4 +69,5 @@ def next_state(recipe: Recipe, state: State, *, downscale: int) -> State:
         optimizer = make_optimizer(dit, recipe)
     if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
         ema = None
-    return State(dit, optimizer, ema, state.skipped, stage=state.stage + 1, images=state.images)
+    guard = Guard(state.guard.windows, state.guard.rollbacks)  # losses of another stage tell nothing
+    return State(dit, optimizer, ema, state.skipped, stage=state.stage + 1, images=state.images, guard=guard)
