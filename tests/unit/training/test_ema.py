@@ -95,6 +95,7 @@ def test_one_snapshot_is_the_projection_of_the_profile() -> None:
     assert missed == pytest.approx(np.linalg.norm(factors[0] * p - q) / np.linalg.norm(q), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_any_width_from_snapshots(
     one_stage: Callable[..., Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
