@@ -121,7 +121,7 @@ def waiting(
     recipe = Recipe("benchmark", model, (stage,), text_length=POSITIONS)
     cycles, waited = cycles_of(busy) if device.type == "cuda" else 0, []
     with contextlib.closing(
-        feed(loader, recipe, stage, patches=PATCHES, start=0, stop=stage.images, device=device)
+        feed(loader, recipe, stage, patches=PATCHES, data=[(0, stage.images)], device=device)
     ) as batches:
         for _ in range(steps + WARM):
             begin = time.perf_counter()

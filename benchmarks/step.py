@@ -70,7 +70,7 @@ def _measure(case: Case) -> dict[str, Any]:
         use_one_hot_experts(dit)
     stage = Stage("benchmark", resolution=8 * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
                   learning_rate=1e-4, mask_ratio=case.mask_ratio)  # fmt: skip
-    optimizer = make_optimizer(dit.parameters(), Recipe("benchmark", config, (stage,)))
+    optimizer = make_optimizer(dit, Recipe("benchmark", config, (stage,)))
     network_module = cast(DiT, torch.compile(dit, dynamic=False, fullgraph=True)) if case.compile else dit
     count, objective, precision = case.micro_batch, EDM(), "bf16" if gpu else "float32"
 

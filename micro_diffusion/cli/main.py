@@ -9,6 +9,7 @@ from types import FrameType
 import tyro
 
 from micro_diffusion.cli.data import Data
+from micro_diffusion.cli.ema import Ema
 from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.prepare import Prepare
@@ -18,15 +19,15 @@ from micro_diffusion.cli.train import Train
 from micro_diffusion.runtime.files import UserError
 
 VERBS = {
-    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "generate": Generate,
-    "export": Export,
+    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "ema": Ema,
+    "generate": Generate, "export": Export,
 }  # fmt: skip
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 2 (something the user can put right), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Data | Train | Runs | Generate | Export = tyro.extras.subcommand_cli_from_dict(
+    """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
+    verb: Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Export = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verb()
     except UserError as error:
-        return _say(str(error), USER_ERROR)
+        return _say(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _say("Stopped; the same command goes on from here.", INTERRUPTED)
     except Exception as error:

@@ -161,7 +161,12 @@ def quantise(states: Float16[np.ndarray, "l d"]) -> tuple[Int8[np.ndarray, "l d"
 
 def read_stream(path: Path) -> pa.Table:
     """A table whose columns lie in the memory-mapped file: nothing is read until it is touched."""
-    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    try:
+        return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); copy it again, or prepare the store into a new folder."
+        ) from error
 
 
 def _forget_oldest(cache: Path, limit: int) -> None:

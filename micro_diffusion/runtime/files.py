@@ -11,7 +11,9 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 class UserError(Exception):
-    """Something that the user can put right; the message says what to do. The command line exits with code 2."""
+    """Something that the user can put right; the message says what to do. The command line exits with its code."""
+
+    exit_code = 2
 
 
 def sha256(path: Path) -> str:

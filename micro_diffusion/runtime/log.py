@@ -18,9 +18,15 @@ class RunLog:
     """Appends rows; opened for a run that resumes at `images`, it drops the rows that will be written again."""
 
     def __init__(self, path: Path, *, images: int) -> None:
-        kept = [row for row in read_log(path) if row["images"] <= images]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
+        self.path, self._file = path, path.open("a")
+        self.rewind(images)
+
+    def rewind(self, images: int) -> None:
+        """Drop the rows after `images`."""
+        self._file.close()
+        kept = [row for row in read_log(self.path) if row["images"] <= images]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a")
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row, readable by others at once."""

@@ -11,6 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.runtime.distributed import ALONE, World
-from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder
+from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder, write_atomic
 from micro_diffusion.training.config import Recipe, differences
 from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.guard import Guard, Trouble, record
 from micro_diffusion.training.stages import State, first_state, unsharded
 
 logger = logging.getLogger(__name__)
@@ -51,8 +53,8 @@ class Saver:
         if state.skipped.is_cuda:
             (copied := torch.cuda.Event()).record()
         clock = {
-            "stage": state.stage, "images": state.images, "ema": state.ema is not None,
-            "record": json.loads(json.dumps(state.record)),
+            "stage": state.stage, "images": state.images, "ema": len(state.ema.dits) if state.ema else 0,
+            "guard": asdict(state.guard),
         }  # fmt: skip
         self._pending = self._pool.submit(self._write, tensors, clock, copied)
 
@@ -97,8 +99,26 @@ class Saver:
             images = [int(each.name) if each else 0 for each in (before, path)]
             if self.keep_every and images[0] // self.keep_every != images[1] // self.keep_every:
                 continue
-            (path / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def rewind(folder: Path, guard: Guard, trouble: Trouble) -> None:
+    """Remove the checkpoints from after the trouble and give `guard` to the newest before it, or else to the oldest."""
+    saved = _all(folder)
+    good = max(1, sum(int(path.name) <= trouble.start for path in saved))
+    path = saved[good - 1]
+    clock = json.loads((path / "state.json").read_text())
+    steps = [step for step in clock["guard"]["steps"] if step[1] is not None]
+    clock["guard"] = asdict(replace(guard, steps=steps))
+    write_atomic(path / "state.json", json.dumps(clock))
+    for later in saved[good:]:
+        _remove(later)
+    record(folder.parent / "guard.jsonl", f"back to {clock['images']} images: {trouble.why}", windows=guard.windows)
+
+
+def _remove(path: Path) -> None:
+    (path / "state.json").unlink()  # from here on it is no checkpoint, even if the removal is cut short
+    shutil.rmtree(path)
 
 
 def latest(folder: Path) -> Path | None:
@@ -146,8 +166,8 @@ def load(
             raise ValueError(f"{name} has {found} bytes of {size}")
     check_recipe(path / "recipe.json", recipe)
     state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device, shard=shard)
-    state.images, state.record = clock["images"], clock["record"]
-    state.ema = Ema(state.dit) if clock["ema"] else None
+    state.images, state.guard = clock["images"], Guard(**clock["guard"])
+    state.ema = Ema(state.dit, clock["ema"]) if clock["ema"] else None
     dcp.load(_tensors(state), checkpoint_id=path, process_group=world.control)  # in place
     return state
 
@@ -176,7 +196,8 @@ def _tensors(state: State) -> dict[str, Any]:
     """The state's own tensors under stable names, to be written, or to be read into."""
     optimizer = {name: state.optimizer.state[parameter] for name, parameter in state.dit.named_parameters()}
     tensors = {"weights": state.dit.state_dict(), "optimizer": optimizer, "skipped": state.skipped}
-    return tensors | ({"ema": state.ema.dit.state_dict()} if state.ema else {})
+    averages = state.ema.dits if state.ema else []
+    return tensors | {f"ema{index or ''}": dit.state_dict() for index, dit in enumerate(averages)}
 
 
 def _copy(tree: Any) -> Any:

@@ -11,7 +11,7 @@ from micro_diffusion.models.dit import DiTConfig
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse, read_json
 
-INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every")
+INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every", "snapshot_every")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,9 @@ class Stage:
     """What is taken over from the stage before; see `training.stages`."""
     ema_halflife_images: int = 0
     """Half-life of the weight average; 0 switches it off."""
+    ema_sigma_rel: tuple[float, ...] = ()
+    """Widths of power-function averages (arXiv 2312.02696), relative to the stage, instead of a half-life: the first is
+    shown, and snapshots of two give any other width later (`micro-diffusion ema`)."""
     ema_start_images: int = 0
     """Images of this stage after which the average starts, from the weights of that moment."""
     pos_interp_scale: float = 1.0
@@ -83,8 +86,14 @@ class Stage:
             need(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
         else:
             need(self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it")
+        averages = self.ema_halflife_images > 0 or len(self.ema_sigma_rel) > 0
+        both = "ema_halflife_images and ema_sigma_rel are two kinds of average: choose one"
+        need(not (self.ema_halflife_images and self.ema_sigma_rel), both)
+        widths = set(self.ema_sigma_rel)
+        need(all(0 < width < 0.28 for width in widths), "ema_sigma_rel must lie between 0 and 0.28 (a mean of all)")
+        need(len(widths) == len(self.ema_sigma_rel), "ema_sigma_rel names a width twice")
         if self.ema_start_images:
-            need(self.ema_halflife_images > 0, "ema_start_images does nothing without ema_halflife_images")
+            need(averages, "ema_start_images does nothing without ema_halflife_images or ema_sigma_rel")
             need(self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images")
 
 
@@ -102,6 +111,11 @@ class Recipe:
     flow_shift: float = 1.0
     """Shift of the sampling grid towards noise (flow matching only)."""
     caption_dropout: float = 0.1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised momentum for the hidden matrices, scaled to AdamW's step size; AdamW for the rest."""
+    muon_momentum: float = 0.95
+    expert_learning_rate_scale: float = 1.0
+    """Of the experts' weights, against the rate of everything else."""
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -123,6 +137,14 @@ class Recipe:
     """Images between checkpoints; 0 leaves the one at the end of each stage, as below."""
     sample_every: int = 0
     validate_every: int = 0
+    snapshot_every: int = 0
+    """Images between the averages that are kept for `micro-diffusion ema`; one is kept at the end of each stage too."""
+    guard_skips: int = 5
+    """Steps skipped for numbers that are not finite, of the last 100, that roll the run back; 0 never does."""
+    guard_zscore: float = 10.0
+    """Robust z-score that three losses in a row must exceed to roll the run back; 0 never does."""
+    guard_rollbacks: int = 3
+    """Rollbacks, each of which skips a stretch of data, after which trouble ends the run."""
 
     @property
     def images(self) -> int:
@@ -177,6 +199,17 @@ class Recipe:
         pooled = "text_mask 'none' pools over every text position: set text_length, so that all batches have as many"
         require(fixed or self.model.text_mask == "padding", pooled)
         require(fixed or not self.compile, "compile needs fixed shapes: set text_length")
+        require(0 <= self.muon_momentum < 1, "muon_momentum must be at least 0 and below 1")
+        require(self.optimizer == "muon" or self.muon_momentum == 0.95, "muon_momentum does nothing with adamw")
+        model, scale = self.model, self.expert_learning_rate_scale
+        blocks = max(model.depth - 1, model.patch_mixer_depth if model.use_patch_mixer else 0)
+        require(scale > 0, "expert_learning_rate_scale must be positive: there is no freezing of experts")
+        experts = any(model.is_expert(index) for index in range(blocks))
+        require(experts or scale == 1, "expert_learning_rate_scale does nothing without experts")
+        averages = any(stage.ema_sigma_rel for stage in self.stages)
+        require(averages or not self.snapshot_every, "snapshot_every does nothing without ema_sigma_rel in a stage")
+        for name in ("guard_skips", "guard_zscore", "guard_rollbacks"):
+            require(getattr(self, name) >= 0, f"{name} must not be negative")
         require(self.log_every > 0, "log_every must be positive")
         for name in INTERVALS:
             every = getattr(self, name)

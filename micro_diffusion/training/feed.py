@@ -1,6 +1,6 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import NamedTuple
@@ -36,15 +36,19 @@ class Examples(NamedTuple):
 
 
 def feed(
-    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, device: torch.device,
-    world: World = ALONE,
+    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, data: Sequence[tuple[int, int]],
+    device: torch.device, world: World = ALONE,
 ) -> Generator[Examples, None, None]:  # fmt: skip
-    """This rank's share of the batches between two positions of the run; Stuck when the loader gives no more.
+    """This rank's share of the batches in ranges of positions; Stuck when the loader gives no more.
 
     They are prepared ahead of the device where it is not the CPU itself.
     """
     pin = device.type == "cuda"
-    drawn = _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, world=world, pin=pin)
+    drawn = (
+        each
+        for start, stop in data
+        for each in _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, world=world, pin=pin)
+    )
     depth = 0 if device.type == "cpu" else 2
     made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)
     while True:

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,7 @@ from micro_diffusion.training.checkpoint import Saver
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import follow
 from micro_diffusion.training.feed import Examples, feed
+from micro_diffusion.training.guard import stretches, watch
 from micro_diffusion.training.hooks import Hook, Moment, Validation
 from micro_diffusion.training.meter import Meter
 from micro_diffusion.training.optim import guarded_step, learning_rate
@@ -80,10 +82,10 @@ def train(
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
             objective, network, micro_batch = recipe.make_objective(stage), parallel.network(state.dit), 0
-            share = stage.batch_size // world.size
+            loader, trouble, share = loaders[stage.resolution], None, stage.batch_size // world.size
+            data = stretches(state.images, end, state.guard.windows, size=stage.batch_size)
             batches = feed(
-                loaders[stage.resolution], recipe, stage,
-                patches=state.dit.num_patches, start=state.images, stop=end, device=device, world=world,
+                loader, recipe, stage, patches=state.dit.num_patches, data=data, device=device, world=world
             )  # fmt: skip
             meter.restart()
             with contextlib.closing(batches):
@@ -106,6 +108,7 @@ def train(
                     step = guarded_step(state.optimizer, loss, lr=rate, clip_norm=stage.clip_norm)
                     state.skipped += ~step.taken
                     state.ema = follow(state.ema, state.dit, stage, images=into_stage)
+                    state.guard.add(before, loss, step)
                     meter.add(loss, step, images=stage.batch_size)
 
                     # hooks, log, checkpoint
@@ -113,10 +116,18 @@ def train(
                     signalled = world.agree(received[0] if received else 0)
                     if moment.due(*recipe.intervals) or signalled:
                         saver.check()
+                        if trouble := state.guard.read(recipe, stage, loader, log=run / "guard.jsonl" if log else None):
+                            break
+                        watched = watch(state.dit, part, recipe=recipe, stage=stage, mask_ratio=mask_ratio)
+                        if state.ema and moment.due(recipe.snapshot_every):
+                            for index, width in enumerate(stage.ema_sigma_rel):
+                                alone = replace(state, ema=state.ema.alone(index)).gathered()
+                                if log is not None:
+                                    release(run / "averages" / f"{state.images:012d}-{width}", alone)
                         whole = moment.due(recipe.sample_every, recipe.validate_every)
                         seen = state.gathered() if whole else state
                         if log is not None:
-                            row = meter.row(state, rate)
+                            row = meter.row(state, rate) | watched
                             for hook in hooks:
                                 row |= hook.after_step(seen, moment)
                             log.write(row)
@@ -128,8 +139,18 @@ def train(
                     if signalled:
                         saver.wait()
                         raise Interrupted(signalled)
+            if trouble:
+                after = state.guard.after(trouble, limit=recipe.guard_rollbacks)
+                saver.wait()
+                if log is not None:
+                    checkpoint.rewind(saver.folder, after, trouble)
+                world.agree()  # the others are gone
+                state = _open_run(run, saver, parallel=parallel, downscale=downscale, weights=None)
+                if log is not None:
+                    log.rewind(state.images)
+                continue
             seen = state.gathered()
-            if world.rank == 0:
+            if log is not None:
                 release(run / f"model-stage-{state.stage + 1}", seen)
                 release(run / "model", seen)
             if state.stage + 1 == len(recipe.stages):
@@ -180,9 +201,8 @@ def _open_run(
         if recipe.start_from is not None and weights is None:
             raise UserError(f"the recipe starts from {recipe.start_from}: name that with --start-from")
         state = first_state(recipe, downscale=downscale, device=device, weights=weights, shard=parallel.shard)
-        if weights is not None:
-            saver.save(state)  # so that the run can go on without them
-            saver.wait()
+        saver.save(state)  # to go back to, and to go on from without the weights
+        saver.wait()
     return state
 
 

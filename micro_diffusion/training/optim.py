@@ -1,16 +1,29 @@
-"""AdamW, its learning rate over a stage, and the guarded step."""
+"""AdamW and Muon, their learning rate over a stage, and the guarded step."""
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW
 
+from micro_diffusion.models.dit import Block
+from micro_diffusion.models.layers import CrossAttention, SelfAttention, SwiGLU
+from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.training.config import Recipe, Stage
+
+MATRICES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
+    (Block, {"adaLN_modulation.1.weight": 6}),
+    (SelfAttention, {"qkv.weight": 3, "proj.weight": 1}),
+    (CrossAttention, {"q_linear.weight": 1, "kv_linear.weight": 2, "proj.weight": 1}),
+    (SwiGLU, {"w1.weight": 1, "w2.weight": 1, "w3.weight": 1}),
+    (ExpertChoiceMoE, {"w1": 1, "w2": 1}),
+)
+"""What Muon moves: parameters of these modules, and of how many matrices, one above the other, each is made. A tensor
+of experts is a stack of matrices. The rest (embeddings, router, final layer, norms, biases) is AdamW's."""
 
 
 def learning_rate(stage: Stage, images: int) -> float:
@@ -24,18 +37,74 @@ def learning_rate(stage: Stage, images: int) -> float:
     return stage.learning_rate * (stage.final_lr_ratio + (1 - stage.final_lr_ratio) * cosine)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], recipe: Recipe) -> AdamW:
-    """Fused AdamW whose moments exist from the start, so that a checkpoint can be loaded into them in place."""
+def orthogonalise(matrices: Float[Tensor, "k n m"], *, dtype: torch.dtype) -> Float[Tensor, "k n m"]:
+    """About U V^T of each matrix U S V^T: singular values between 0.7 and 1.2, in the place of any others.
+
+    Five steps of the quintic Newton-Schulz iteration with Muon's coefficients (Jordan et al., 2024).
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+def make_optimizer(dit: nn.Module, recipe: Recipe) -> AdamW:
+    """The recipe's optimizer for all parameters of the model, plain or sharded by FSDP2.
+
+    All moments exist from the start, so that a checkpoint can be loaded into them in place. It is a fused AdamW; the
+    groups whose `chunks` is not 0 hold matrices of one shape, and belong to `muon`.
+    """
+    chunks, scales = dict.fromkeys(dit.parameters(), 0), dict.fromkeys(dit.parameters(), 1.0)
+    for module in dit.modules():
+        for kind, names in MATRICES:
+            for name, count in names.items() if isinstance(module, kind) else ():
+                parameter = module.get_parameter(name)
+                chunks[parameter] = count if recipe.optimizer == "muon" else 0
+                scales[parameter] = recipe.expert_learning_rate_scale if kind is ExpertChoiceMoE else 1.0
+    groups: dict[Any, Any] = {}
+    for parameter, count in chunks.items():
+        group = {"params": [], "chunks": count, "lr_scale": scales[parameter], "momentum": recipe.muon_momentum}
+        key = count, scales[parameter], parameter.shape if count else None
+        groups.setdefault(key, group)["params"].append(parameter)
     optimizer = AdamW(
-        list(parameters), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
+        list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
     )
-    for parameter in optimizer.param_groups[0]["params"]:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    for parameter, count in chunks.items():
+        moments = ("momentum",) if count else ("exp_avg", "exp_avg_sq")
+        optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in moments}
+        if not count:
+            optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
     return optimizer
+
+
+@torch.no_grad()
+def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""], taken: Bool[Tensor, ""]) -> None:
+    """Step along the orthogonalised Nesterov momentum of a group's gradients / `divisor`, which are freed.
+
+    As long as a step of AdamW (arXiv 2502.16982). Nothing moves where `taken` is false. Of a sharded matrix every rank
+    gathers all and moves its own part, so that the number of ranks does not matter.
+    """
+    held = [parameter for parameter in group["params"] if parameter.grad is not None]
+    if not held:
+        return
+    buffers = [_local(optimizer.state[parameter]["momentum"]) for parameter in held]
+    ahead = [torch.where(taken, _local(parameter.grad) / divisor, 0.0) for parameter in held]
+    torch._foreach_mul_(buffers, torch.where(taken, group["momentum"], 1.0))
+    torch._foreach_add_(buffers, ahead)
+    torch._foreach_add_(ahead, buffers, alpha=group["momentum"])
+    dtype = torch.bfloat16 if ahead[0].is_cuda else torch.float32  # a CPU is no faster in bf16
+    whole = [_gather(part.to(dtype), parameter) for part, parameter in zip(ahead, held, strict=True)]
+    matrices = torch.cat([part.reshape(-1, part.shape[-2] // group["chunks"], part.shape[-1]) for part in whole])
+    directions = orthogonalise(matrices, dtype=dtype).split(len(matrices) // len(held))
+    rate = taken * (group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5)
+    kept = 1 - taken * (group["lr"] * group["weight_decay"])
+    for parameter, direction in zip(held, directions, strict=True):
+        own = _own_part(direction.reshape(parameter.shape), parameter)
+        _local(parameter).mul_(kept).sub_(own.to(parameter.dtype) * rate)
+        parameter.grad = None
 
 
 class Step(NamedTuple):
@@ -49,15 +118,40 @@ def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float, clip_n
     """Clip by the global norm and step, or leave weights and moments alone where loss or gradient is not finite.
 
     The host never waits: fused AdamW divides by `grad_scale` and obeys `found_inf` inside its kernel, the way that
-    `torch.amp.GradScaler` drives it. The gradients are freed.
+    `torch.amp.GradScaler` drives it. The gradients are freed. `loss` is the whole batch's, the same on every rank.
     """
-    group = optimizer.param_groups[0]
-    norm = nn.utils.get_total_norm([p.grad for p in group["params"] if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
     taken = torch.isfinite(norm) & torch.isfinite(loss)
-    group["lr"] = lr
     optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
     optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+        if group["chunks"]:
+            muon(optimizer, group, divisor=optimizer.grad_scale, taken=taken)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return Step(norm, taken)
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
+    """Norm of all numbers together, over all shards."""
+    norm = nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gather(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of a tensor laid out like `like`, of which this rank holds `part`."""
+    if isinstance(like, DTensor):
+        layout = like.device_mesh, like.placements
+        part = DTensor.from_local(part, *layout, shape=like.shape, stride=like.stride()).full_tensor()
+    return part
+
+
+def _own_part(whole: Tensor, like: Tensor) -> Tensor:
+    if isinstance(like, DTensor):
+        whole = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
+    return whole

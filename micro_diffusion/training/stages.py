@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from micro_diffusion.models.dit import DiT, rebuilt, resized
 from micro_diffusion.runtime.random import derive_seed
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
+from micro_diffusion.training.guard import Guard
 from micro_diffusion.training.optim import make_optimizer
 
 
@@ -26,7 +26,7 @@ class State:
     skipped: Tensor  # steps that the guard skipped, counted on the device
     stage: int
     images: int
-    record: dict[str, Any] = field(default_factory=dict)  # JSON that checkpoints keep, as the windows left out
+    guard: Guard = field(default_factory=Guard)
 
     @property
     def shown(self) -> DiT:
@@ -67,7 +67,7 @@ def first_state(
     if weights is not None:
         dit.load_state_dict({**weights, "pos_embed": dit.pos_embed})
     dit = shard(dit)
-    optimizer = make_optimizer(dit.parameters(), recipe)
+    optimizer = make_optimizer(dit, recipe)
     return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
 
 
@@ -83,7 +83,8 @@ def next_state(recipe: Recipe, state: State, *, downscale: int, shard: Callable[
     if stage.start == "weights":
         config = recipe.stage_model(stage, downscale=downscale)
         dit = shard(resized(_whole(dit), config.input_size, config.pos_interp_scale))
-        optimizer = make_optimizer(dit.parameters(), recipe)
+        optimizer = make_optimizer(dit, recipe)
     if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
         ema = None
-    return replace(state, dit=dit, optimizer=optimizer, ema=ema, stage=state.stage + 1)
+    guard = Guard(state.guard.windows, state.guard.rollbacks)  # losses of another stage tell nothing
+    return replace(state, dit=dit, optimizer=optimizer, ema=ema, stage=state.stage + 1, guard=guard)

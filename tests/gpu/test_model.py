@@ -112,7 +112,7 @@ def test_compiled_in_one_graph(dit: DiT, mask_ratio: float, one_hot: bool) -> No
 
 def test_a_bad_gradient_is_no_step(dit: DiT) -> None:
     dit.to(DEVICE)
-    optimizer = make_optimizer(dit.parameters(), Recipe(name="gpu", model=CONFIG, stages=()))
+    optimizer = make_optimizer(dit, Recipe(name="gpu", model=CONFIG, stages=()))
 
     def everything() -> list[Tensor]:
         states = [value for state in optimizer.state.values() for value in state.values()]

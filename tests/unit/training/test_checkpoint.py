@@ -85,16 +85,16 @@ def test_what_is_copied_is_what_is_written(recipe: Recipe, tmp_path: Path) -> No
     """Training goes on while the checkpoint is written; later steps must not reach it."""
     saver, state = checkpoint.Saver(tmp_path, recipe), random_state(recipe, 88)
     expected = state.dit.x_embedder.proj.weight.detach().clone()
-    state.record["skipped_windows"] = [[8, 16]]
+    state.guard.windows.append([8, 16])
     saver.save(state)
     with torch.no_grad():
         state.dit.x_embedder.proj.weight.zero_()
-    state.record.clear()
+    state.guard.windows.clear()
     saver.wait()
     saver.close()
     loaded = checkpoint.load(tmp_path / "000000000088", recipe, downscale=8, device=CPU)
     assert torch.equal(loaded.dit.x_embedder.proj.weight, expected)
-    assert loaded.record == {"skipped_windows": [[8, 16]]}
+    assert loaded.guard.windows == [[8, 16]]
 
 
 def load_newest(folder: Path, recipe: Recipe) -> State | None:

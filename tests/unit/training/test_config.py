@@ -67,6 +67,9 @@ def test_from_json_of_half_a_recipe() -> None:
         ({"ema_start_images": 40, "ema_halflife_images": 8}, "start after the stage"),
         ({"learning_rate": 0.0}, "learning_rate must be positive"),
         ({"start": "weights"}, "must be 'scratch'"),
+        ({"ema_halflife_images": 8, "ema_sigma_rel": (0.1,)}, "two kinds of average"),
+        ({"ema_sigma_rel": (0.1, 0.3)}, "between 0 and 0.28"),
+        ({"ema_sigma_rel": (0.1, 0.1)}, "a width twice"),
     ],
 )
 def test_stage_settings_that_do_nothing(
@@ -87,6 +90,12 @@ def test_stage_settings_that_do_nothing(
         ({"compile": True}, "set text_length"),
         ({"log_every": 0}, "log_every must be positive"),
         ({"caption_dropout": 1.0}, "caption_dropout"),
+        ({"muon_momentum": 0.9}, "muon_momentum does nothing with adamw"),
+        ({"optimizer": "muon", "muon_momentum": 1.0}, "muon_momentum must be"),
+        ({"expert_learning_rate_scale": 2.0}, "does nothing without experts"),
+        ({"expert_learning_rate_scale": 0.0}, "must be positive"),
+        ({"snapshot_every": 8}, "snapshot_every does nothing without ema_sigma_rel"),
+        ({"guard_skips": -1}, "guard_skips must not be negative"),
     ],
 )
 def test_recipe_settings_that_do_nothing(recipe: Recipe, changes: dict[str, Any], message: str) -> None:
