@@ -202,8 +202,6 @@ def train_recipe(
     options: Options = DEFAULTS, world: "World | None" = None,
 ) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train; on a signal exit with 128 + its number."""
-    from torch import device as torch_device
-
     from micro_diffusion.data.loader import require
     from micro_diffusion.data.store import Store
     from micro_diffusion.models.autoencoders import load_autoencoder
@@ -217,7 +215,7 @@ def train_recipe(
     stores, chosen = [Store.open(folder) for folder in folders], pick_device(device)
     world = world or ALONE
     # rank 0 draws the samples; the others encode only what they train on as it comes
-    encoders = torch_device("cpu") if world.rank and not stream else chosen
+    encoders = "cpu" if world.rank and not stream else chosen
     autoencoder = load_autoencoder(recipe.autoencoder, device=encoders)
     text_encoder = load_text_encoder(recipe.text_encoder, device=encoders)
     having = by_resolution(recipe, stores, quiet=world.rank > 0)

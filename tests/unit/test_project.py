@@ -79,9 +79,9 @@ def test_what_ships_stays_small() -> None:
 
 
 def test_modules_and_functions_stay_short() -> None:
-    lines = {path: len(path.read_text().splitlines()) for path in MODULES}
-    assert sum(lines.values()) < 8000
-    assert not {path.relative_to(ROOT): count for path, count in lines.items() if count >= 400}
+    lines = {path: path.read_text().splitlines() for path in MODULES}
+    assert sum(bool(line.strip()) for each in lines.values() for line in each) < 8000
+    assert not {path.relative_to(ROOT): len(each) for path, each in lines.items() if len(each) >= 400}
     long = []
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
