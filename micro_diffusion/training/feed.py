@@ -1,6 +1,8 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
-from collections.abc import Generator, Iterator, Sequence
+import os
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import NamedTuple
@@ -8,8 +10,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from micro_diffusion.data.loader import Batches
+from micro_diffusion.data.loader import Batch, Batches, Loader
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.runtime.ahead import Late, ahead
 from micro_diffusion.runtime.distributed import ALONE, Stuck, World
@@ -37,48 +40,86 @@ class Examples(NamedTuple):
 
 def feed(
     loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, data: Sequence[tuple[int, int]],
-    device: torch.device, world: World = ALONE,
+    device: torch.device, world: World = ALONE, workers: int | None = None,
 ) -> Generator[Examples, None, None]:  # fmt: skip
     """This rank's share of the batches in ranges of positions; Stuck when the loader gives no more.
 
-    They are prepared ahead of the device where it is not the CPU itself.
+    For a GPU they are prepared ahead: by `workers` processes (None is up to four of this rank's cores), since Python
+    has its hands full with launching kernels, or by a thread where the source cannot be read at any place.
     """
-    pin = device.type == "cuda"
-    drawn = (
-        each
-        for start, stop in data
-        for each in _draw(loader, recipe, stage, patches=patches, start=start, stop=stop, world=world, pin=pin)
-    )
-    depth = 0 if device.type == "cpu" else 2
-    made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)
+    gpu, size = device.type == "cuda", stage.batch_size
+    finish = partial(_examples, recipe=recipe, stage=stage, patches=patches, world=world)
+    if workers is None:
+        workers = max(1, min(4, (os.cpu_count() or 1) // world.local_size - 1)) if gpu and hasattr(os, "fork") else 0
+    made: Iterator[Examples | None]
+    if isinstance(loader, Loader) and workers:
+        firsts = [first for start, stop in data for first in range(start, stop, size)]
+        share = _Share(loader, firsts, size, world, finish)
+        made = iter(DataLoader(
+            share, batch_size=None, num_workers=workers, timeout=world.timeout, pin_memory=gpu,
+            worker_init_fn=_begin_worker, multiprocessing_context="fork",
+        ))  # fmt: skip
+    else:
+        drawn = (
+            Examples(*(column.pin_memory() for column in examples)) if gpu else examples
+            for start, stop in data
+            for first, batch in zip(
+                range(start, stop, size),
+                loader.batches(start, stop, size, rank=world.rank, world=world.size),
+                strict=True,
+            )
+            for examples in (finish(batch, first),)
+        )
+        depth = 2 if gpu else 0
+        made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)
     while True:
         try:
-            examples = next(made)
-        except Late:
+            examples = next(made, None)
+        except (Late, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "timed out" not in str(error):
+                raise
             raise Stuck(f"the data loader of rank {world.rank} has given nothing for {world.timeout:g} s") from None
         if examples is None:
             return
-        here = Examples(*(column.to(device, non_blocking=pin) for column in examples))
+        here = Examples(*(column.to(device, non_blocking=gpu) for column in examples))
         states = here.text.float() * here.text_scale.float()[..., None]
         text, mask = null_caption(states, here.text_mask, here.caption_dropped)
         yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
 
 
-def _draw(
-    loader: Batches, recipe: Recipe, stage: Stage, *, patches: int, start: int, stop: int, world: World, pin: bool
-) -> Iterator[Examples]:
+class _Share(Dataset[Examples]):
+    """This rank's part of each global batch, by number: any process can make any of them."""
+
+    def __init__(
+        self, loader: Loader, firsts: Sequence[int], size: int, world: World, finish: Callable[[Batch, int], Examples]
+    ) -> None:
+        self.loader, self.firsts, self.share, self.finish = loader, firsts, size // world.size, finish
+        self.offset = self.share * world.rank
+
+    def __len__(self) -> int:
+        return len(self.firsts)
+
+    def __getitem__(self, number: int) -> Examples:
+        first = self.firsts[number]
+        return self.finish(self.loader.batch(first + self.offset, self.share), first)
+
+
+def _begin_worker(number: int) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes, and the run still ends its step
+        signal.signal(each, signal.SIG_IGN)
+
+
+def _examples(batch: Batch, first: int, *, recipe: Recipe, stage: Stage, patches: int, world: World) -> Examples:
+    """A batch with all that is drawn for it; `first` is the position at which the global batch begins."""
     masked = any(ratio for *_, ratio in stage.mask_spans)
-    batches = loader.batches(start, stop, stage.batch_size, rank=world.rank, world=world.size)
-    for first, batch in zip(range(start, stop, stage.batch_size), batches, strict=True):
-        positions = first + stage.batch_size * world.rank // world.size + torch.arange(len(batch.latents))
-        examples = Examples(
-            latents=batch.latents,
-            text=batch.text,
-            text_scale=torch.ones(batch.text_mask.shape) if batch.text_scale is None else batch.text_scale,
-            text_mask=batch.text_mask,
-            caption_dropped=draw_uniform(recipe.seed, "caption-dropout", positions) < recipe.caption_dropout,
-            sigma_normal=draw_normal(recipe.seed, "sigma", positions),
-            noise=draw_normal(recipe.seed, "noise", positions, tuple(batch.latents.shape[1:])),
-            mask_noise=draw_uniform(recipe.seed, "mask", positions, (patches if masked else 0,)),
-        )
-        yield Examples(*(column.pin_memory() for column in examples)) if pin else examples
+    positions = first + stage.batch_size * world.rank // world.size + torch.arange(len(batch.latents))
+    return Examples(
+        latents=batch.latents,
+        text=batch.text,
+        text_scale=torch.ones(batch.text_mask.shape) if batch.text_scale is None else batch.text_scale,
+        text_mask=batch.text_mask,
+        caption_dropped=draw_uniform(recipe.seed, "caption-dropout", positions) < recipe.caption_dropout,
+        sigma_normal=draw_normal(recipe.seed, "sigma", positions),
+        noise=draw_normal(recipe.seed, "noise", positions, tuple(batch.latents.shape[1:])),
+        mask_noise=draw_uniform(recipe.seed, "mask", positions, (patches if masked else 0,)),
+    )

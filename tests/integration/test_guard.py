@@ -184,7 +184,7 @@ def test_watching_compiles_nothing() -> None:
             )
             network(batch.latents, batch.sigma_normal).sample.sum().backward()
             counts.append(len(graphs))
-            expected = watch(dit, batch, recipe=one, stage=stage)
+            expected = watch(dit, batch, recipe=one, stage=stage, mask_ratio=stage.mask_ratio)
             assert expected["activation_max"] > 0
         assert counts[0] > 0 and counts[1] == counts[2] == counts[0]
         graphs.clear()
