@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=1, help="processes that prepare, each a store of its own")
     parser.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe, as in micro-diffusion train")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[1.5, 3.0, 5.0])
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.5, 5.0])
     args = parser.parse_args()
     recipe = override(scaled(RECIPES["emoji"](), args.length), args.set)
     recipe = replace(recipe, autoencoder=args.autoencoder)
@@ -119,6 +119,8 @@ def main() -> None:
         "sampling": f"{STEPS} Heun steps, seed {SEED}",
         "nearest_is_own": {},
     }
+    for name, svg in curves(run, recipe).items():
+        (args.out / name).write_text(svg)
     for guidance in args.guidance:
         for name, records in (("held-out", shown), ("trained", seen)):
             prompts = [str(record.captions[0].text) for record in records]
@@ -131,10 +133,8 @@ def main() -> None:
         drawn = draw(model, prompts, guidance)
         rows = [drawn[i : i + len(STYLES)] for i in range(0, len(drawn), len(STYLES))]
         (args.out / f"styles-{guidance:g}.png").write_bytes(png_bytes(table_grid(rows, SUBJECTS, STYLES)))
-    for name, svg in curves(run, recipe).items():
-        (args.out / name).write_text(svg)
-    results["seconds"]["draw"] = time.monotonic() - trained
-    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        results["seconds"]["draw"] = time.monotonic() - trained
+        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps({key: value for key, value in results.items() if key != "recipe"}, indent=2))
 
 
