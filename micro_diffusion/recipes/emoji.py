@@ -44,7 +44,7 @@ def quickstart() -> Recipe:
 
 
 def emoji() -> Recipe:
-    """The whole training split on one GPU, sized for about twenty minutes of an H100 (not measured yet).
+    """The whole training split on one GPU. A third of its length took 18 minutes of an H100, at 6,500 images/s.
 
     Three quarters of the images are seen at 64 and 128 px with three quarters of the patches masked, as in the paper.
     Command: micro-diffusion train emoji --store STORE --run RUN
