@@ -5,6 +5,7 @@ subjects by styles at several guidance scales, and leaves pictures, curves and r
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import time
@@ -47,7 +48,7 @@ def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
     torch.set_num_threads(1 if args.shards > 1 else torch.get_num_threads())
     device = pick_device(args.device)
     autoencoder, text_encoder = load_autoencoder(args.autoencoder, device=device), load_text_encoder(device=device)
-    records = emoji_records(augment=args.augment)
+    records = itertools.islice(emoji_records(augment=args.augment), args.limit)
     group = args.augment + 1
     mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
     prepare(
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--autoencoder", default="embedded")
     parser.add_argument("--augment", type=int, default=15, help="varied copies of each drawing")
     parser.add_argument("--shards", type=int, default=1, help="processes that prepare, each a store of its own")
+    parser.add_argument("--limit", type=int, help="only so many records, copies counted: a rehearsal")
     parser.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe, as in micro-diffusion train")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.5, 5.0])
