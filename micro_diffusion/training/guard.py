@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from micro_diffusion.data.loader import Batches, Loader
 from micro_diffusion.models.dit import Block, DiT, Stream, conditioned
@@ -160,6 +161,9 @@ def watch(dit: DiT, examples: Examples, *, recipe: Recipe, stage: Stage, mask_ra
         )  # fmt: skip
     for hook in hooks:
         hook.remove()
+    for module in dit.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # which the backward pass would have done
     row = {"weight_norm": total_norm(list(dit.parameters())), "activation_max": torch.stack(seen).max()}
     if takers:
         load = torch.cat(takers)

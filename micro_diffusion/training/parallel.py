@@ -7,6 +7,7 @@ gradient is that of the global mean. Weights and reductions are float32; bf16 is
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import cast
 
@@ -25,6 +26,7 @@ from micro_diffusion.training.feed import Examples
 from micro_diffusion.training.options import Options
 
 logger = logging.getLogger(__name__)
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nobody here writes into
 
 
 class Parallel:
