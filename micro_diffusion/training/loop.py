@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -121,9 +120,9 @@ def train(
                         watched = watch(state.dit, part, recipe=recipe, stage=stage, mask_ratio=mask_ratio)
                         if state.ema and moment.due(recipe.snapshot_every):
                             for index, width in enumerate(stage.ema_sigma_rel):
-                                alone = replace(state, ema=state.ema.alone(index)).gathered()
+                                average = state.gathered(index)
                                 if log is not None:
-                                    release(run / "averages" / f"{state.images:012d}-{width}", alone)
+                                    release(run / "averages" / f"{state.images:012d}-{width}", average)
                         whole = moment.due(recipe.sample_every, recipe.validate_every)
                         seen = state.gathered() if whole else state
                         if log is not None:
