@@ -48,7 +48,7 @@ class Quickstart:
     def __call__(self) -> None:
         from micro_diffusion.recipes.recipe import RECIPES
         from micro_diffusion.runtime.log import read_log
-        from micro_diffusion.runtime.report import pairs_grid, png_bytes, table_grid
+        from micro_diffusion.runtime.report import loss_curve, pairs_grid, png_bytes, table_grid
 
         if self.length <= 0:
             raise UserError("--length must be above 0.")
@@ -83,11 +83,12 @@ class Quickstart:
                 for caption, value, n in zip(captions, psnr, nearest, strict=True)
             ],
         }
+        marks = [(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)]
         rows = [[*(drawings[k] for drawings in stages.values()), true[i]] for k, i in enumerate(some)]
         figures: dict[str, Image.Image | str] = {
             "grid.png": pairs_grid(drawn, true, captions),
             "stages.png": table_grid(rows, [captions[i] for i in some], [*stages, "true picture"]),
-            "loss.svg": loss_curve(recipe, read_log(run / "log.jsonl")),
+            "loss.svg": loss_curve({"training loss": read_log(run / "log.jsonl")}, marks=marks),
         }
         for name, picture in figures.items():
             write_atomic(self.out / name, picture if isinstance(picture, str) else png_bytes(picture))
@@ -102,18 +103,6 @@ def verdict(results: Mapping[str, Any]) -> str:
         f"{results['nearest_is_own']:.0%} of the {results['pictures']} pictures are nearest to their own true picture; "
         f"median PSNR {results['median_psnr_db']:.1f} dB."
     )
-
-
-def loss_curve(recipe: "Recipe", log: Sequence[Mapping[str, Any]]) -> str:
-    """Training loss over images seen, with the starts of the stages."""
-    from micro_diffusion.runtime.report import curve_svg
-
-    points = [(row["images"], row["loss"]) for row in log if row["loss"]]
-    marks = [(end - stage.images, stage.name) for stage, end in zip(recipe.stages, recipe.ends, strict=True)]
-    return curve_svg(
-        {"training loss": points}, title="Training loss", x_label="images seen", y_label="loss (log scale)",
-        log_y=True, marks=marks,
-    )  # fmt: skip
 
 
 def scaled(recipe: "Recipe", length: float) -> "Recipe":

@@ -104,13 +104,13 @@ def tables(runs: Sequence[Run]) -> "list[Table]":
 
 def drawn(runs: Sequence[Run], suffix: str) -> str:
     """The curves of the training loss."""
-    from micro_diffusion.runtime.report import curve_svg, figure, html_page
+    from micro_diffusion.runtime.report import figure, html_page, loss_curve
 
-    points = {run.name: [(row["images"], row["loss"]) for row in run.rows if row.get("loss")] for run in runs}
-    if not any(points.values()):
+    if not any(row.get("loss") for run in runs for row in run.rows):
         raise UserError("There is nothing to plot yet: no run has logged a loss.")
-    svg = curve_svg(points, title="Training loss", x_label="images seen", y_label="loss (log scale)", log_y=True)
+    svg = loss_curve({run.name: run.rows for run in runs})
     if suffix == ".svg":
         return svg
-    page = {"Training loss": figure(svg, alt="Training loss over images seen", caption=", ".join(points))}
+    names = ", ".join(run.name for run in runs)
+    page = {"Training loss": figure(svg, alt="Training loss over images seen", caption=names)}
     return html_page("Runs", f"{len(runs)} runs side by side.", page)

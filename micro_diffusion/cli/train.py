@@ -123,11 +123,18 @@ def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
         key, equals, text = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting}: write it as key=value.")
-        *path, last = key.split(".")
-        place = data
-        for name in path:
-            place = place[_known(place, name, key)]
-        place[_known(place, last, key)] = _value(text)
+        place, holder, index = data, data, None
+        for name in key.split("."):
+            table = place if isinstance(place, dict) else dict(enumerate(place)) if isinstance(place, list) else {}
+            known = {str(each): each for each in table}
+            if name not in known:
+                raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}")
+            holder, index = place, known[name]
+            place = holder[index]
+        try:
+            holder[index] = json.loads(text)
+        except ValueError:
+            holder[index] = text  # a plain word
     return type(recipe).from_json(json.dumps(data))
 
 
@@ -179,23 +186,6 @@ def fine_tuning(
     return replace(recipe, stages=stages, **taken), weights
 
 
-def _known(place: Any, name: str, key: str) -> Any:
-    """The key or index of that name in `place`; UserError naming the nearest one."""
-    known: dict[str, Any] = {}
-    if isinstance(place, list | dict):
-        known = {str(each): each for each in (place if isinstance(place, dict) else range(len(place)))}
-    if name not in known:
-        raise UserError(f"--set {key}: there is no setting {name!r}; {nearest(name, known)}")
-    return known[name]
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-
-
 def train_recipe(
     recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
     stream: "Callable[..., Stream] | None" = None, price: float | None = None, wandb: str | None = None,
@@ -236,17 +226,18 @@ def train_recipe(
     else:
         loaders = open_loaders(recipe, having, "train")
         captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    draw = sampler(recipe, autoencoder, text_encoder, captions)
-    hooks = [] if world.rank else make_hooks(recipe, run, draw, price=price, wandb=wandb, device=chosen)
+    sample = partial(draw, recipe, autoencoder, text_encoder, captions)
+    hooks = [] if world.rank else make_hooks(recipe, run, sample, price=price, wandb=wandb, device=chosen)
     try:
         train(
             recipe, run=run, loaders=loaders, validation=open_loaders(recipe, kept, "validation") if held_out else None,
             downscale=autoencoder.downscale, device=chosen,
-            release=releaser(recipe, autoencoder.sha256, text_encoder.sha256),
-            hooks=hooks, weights=weights, options=options, world=world,
+            release=partial(release, recipe, autoencoder, text_encoder), hooks=hooks, weights=weights,
+            options=options, world=world,
         )  # fmt: skip
     except Interrupted as stopped:
-        print(f"micro-diffusion: {stopped}", file=sys.stderr)
+        if not world.rank:
+            print(f"micro-diffusion: {stopped}", file=sys.stderr)
         raise SystemExit(128 + stopped.signal) from None
     except Stuck as error:
         print(f"micro-diffusion: {error}; the same command resumes", file=sys.stderr, flush=True)
@@ -326,46 +317,42 @@ def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPT
     raise UserError(f"The store {store.path} has no rows to train on.")
 
 
-def sampler(
-    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", captions: Sequence[str]
-) -> "Callable[[DiT], Image.Image]":
-    """A function that draws the same captions from the same noise with the weights of the moment."""
+def draw(
+    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", captions: Sequence[str], dit: "DiT"
+) -> "Image.Image":
+    """The captions as the weights of the moment draw them, always from the same noise."""
     from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.runtime.report import grid, pictures
 
-    def draw(dit: "DiT") -> "Image.Image":
-        model = LatentDiffusion(
-            dit,
-            recipe.make_objective(recipe.stages[0]),
-            load_vae=lambda: autoencoder,
-            load_text_encoder=lambda: text_encoder,
-            text_length=recipe.text_length,
-            precision=recipe.precision,
-        )
-        images = model.generate(
-            captions, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE, seed=recipe.seed
-        )
-        return grid(pictures(images), captions, columns=4)
-
-    return draw
+    model = LatentDiffusion(
+        dit,
+        recipe.make_objective(recipe.stages[0]),
+        load_vae=lambda: autoencoder,
+        load_text_encoder=lambda: text_encoder,
+        text_length=recipe.text_length,
+        precision=recipe.precision,
+    )
+    images = model.generate(
+        captions, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE, seed=recipe.seed
+    )
+    return grid(pictures(images), captions, columns=4)
 
 
-def releaser(recipe: "Recipe", autoencoder_sha256: str, text_encoder_sha256: str) -> "Callable[[Path, State], None]":
-    """A function that writes the weights of the moment as a model folder."""
+def release(
+    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", folder: Path, state: "State"
+) -> None:
+    """Write the weights of the moment as a model folder."""
     from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 
-    def release(folder: Path, state: "State") -> None:
-        stage = recipe.stages[state.stage]
-        card = ModelCard(
-            dit=state.shown.config,
-            objective=recipe.make_objective(stage),
-            autoencoder=Part(recipe.autoencoder, autoencoder_sha256),
-            text_encoder=Part(recipe.text_encoder, text_encoder_sha256),
-            resolution=stage.resolution,
-            images_seen=state.images,
-            recipe=recipe.name,
-            text_length=recipe.text_length,
-        )
-        write_folder(folder, state.shown.state_dict(), card=card)
-
-    return release
+    stage = recipe.stages[state.stage]
+    card = ModelCard(
+        dit=state.shown.config,
+        objective=recipe.make_objective(stage),
+        autoencoder=Part(recipe.autoencoder, autoencoder.sha256),
+        text_encoder=Part(recipe.text_encoder, text_encoder.sha256),
+        resolution=stage.resolution,
+        images_seen=state.images,
+        recipe=recipe.name,
+        text_length=recipe.text_length,
+    )
+    write_folder(folder, state.shown.state_dict(), card=card)

@@ -14,13 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from micro_diffusion.kernels.launch import either, launcher, usable
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 TOKENS_OF_PROGRAM = 16  # of the backward: few enough to fill the chip, enough to make the partial sums cheap
 

@@ -9,16 +9,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from micro_diffusion.kernels.launch import either, launcher, usable
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 MOST_KEYS = 128
 QUERIES = 64  # of a program's step
+LOG2_E = 1.4426950408889634
 
 
 def attention(
@@ -138,9 +133,6 @@ if triton is not None:
         lambda ctx, grad: (*_attention_backward(*ctx.saved_tensors, grad.contiguous(), ctx.head_dim), None, None),
         setup_context=_context,
     )
-
-
-LOG2_E = 1.4426950408889634
 
 
 def _padded(keys: int) -> int:

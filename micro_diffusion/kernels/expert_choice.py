@@ -8,13 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from micro_diffusion.kernels.launch import either, launcher, usable
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
+from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 
 def slots_of(tokens: Int[Tensor, "b e k"], count: int) -> Int[Tensor, "b t e"]:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 try:
     import triton
+    import triton.language as tl
     from triton.runtime.jit import JITFunction
 except ImportError:  # no Triton for this system: the plain twins serve
-    triton = None
-
+    triton = tl = None
 
 _plain = False
 INTERPRETED = False

@@ -174,6 +174,14 @@ CURVE_STYLE = """<style>.curve{font:12px system-ui,sans-serif;background:#fff}.c
 .curve{background:#171a21}.curve text{fill:#e4e7ee}}</style>"""
 
 
+def loss_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, marks: Sequence[tuple[float, str]] = ()) -> str:
+    """The training loss that logs tell of, over images seen."""
+    points = {name: [(row["images"], row["loss"]) for row in rows if row.get("loss")] for name, rows in logs.items()}
+    return curve_svg(
+        points, title="Training loss", x_label="images seen", y_label="loss (log scale)", log_y=True, marks=marks
+    )
+
+
 def curve_svg(
     series: Mapping[str, Sequence[tuple[float, float]]],
     *,

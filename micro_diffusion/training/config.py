@@ -240,16 +240,16 @@ def differences(ours: Recipe, theirs: Recipe) -> list[str]:
 
 def flat(recipe: Recipe) -> dict[str, Any]:
     """Every setting by its dotted path."""
-    return _flat(json.loads(recipe.to_json()))
+
+    def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict | list):
+            return {prefix[:-1]: value}
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, part in items for key, leaf in leaves(part, f"{prefix}{name}.").items()}
+
+    return leaves(json.loads(recipe.to_json()))
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict | list):
-        return {prefix[:-1]: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for name, part in items for key, leaf in _flat(part, f"{prefix}{name}.").items()}

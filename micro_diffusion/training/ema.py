@@ -1,7 +1,6 @@
 """Averages of the weights over images seen: exponential, or power functions (Karras et al., arXiv 2312.02696)."""
 
 import bisect
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,12 +25,6 @@ class Ema:
     @property
     def dit(self) -> DiT:
         return self.dits[0]
-
-    def alone(self, index: int) -> "Ema":
-        """One of the copies as an average of its own."""
-        one = copy.copy(self)
-        one.dits = [self.dits[index]]
-        return one
 
 
 @torch.no_grad()

@@ -2,10 +2,10 @@
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -47,17 +47,20 @@ def feed(
     For a GPU they are prepared ahead: by `workers` processes (None is up to four of this rank's cores), since Python
     has its hands full with launching kernels, or by a thread where the source cannot be read at any place.
     """
-    gpu, size = device.type == "cuda", stage.batch_size
+    gpu, size, share = device.type == "cuda", stage.batch_size, stage.batch_size // world.size
     finish = partial(_examples, recipe=recipe, stage=stage, patches=patches, world=world)
     if workers is None:
         workers = max(1, min(4, (os.cpu_count() or 1) // world.local_size - 1)) if gpu and hasattr(os, "fork") else 0
     made: Iterator[Examples | None]
     if isinstance(loader, Loader) and workers:
+
+        def at(first: Any) -> Examples:  # in a worker, any of which can make any batch
+            return finish(loader.batch(first + share * world.rank, share), first)
+
         firsts = [first for start, stop in data for first in range(start, stop, size)]
-        share = _Share(loader, firsts, size, world, finish)
         made = iter(DataLoader(
-            share, batch_size=None, num_workers=workers, timeout=world.timeout, pin_memory=gpu,
-            worker_init_fn=_begin_worker, multiprocessing_context="fork",
+            cast(Dataset[Any], firsts), batch_size=None, num_workers=workers, timeout=world.timeout, pin_memory=gpu,
+            collate_fn=at, worker_init_fn=_begin_worker, multiprocessing_context="fork",
         ))  # fmt: skip
     else:
         drawn = (
@@ -85,23 +88,6 @@ def feed(
         states = here.text.float() * here.text_scale.float()[..., None]
         text, mask = null_caption(states, here.text_mask, here.caption_dropped)
         yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
-
-
-class _Share(Dataset[Examples]):
-    """This rank's part of each global batch, by number: any process can make any of them."""
-
-    def __init__(
-        self, loader: Loader, firsts: Sequence[int], size: int, world: World, finish: Callable[[Batch, int], Examples]
-    ) -> None:
-        self.loader, self.firsts, self.share, self.finish = loader, firsts, size // world.size, finish
-        self.offset = self.share * world.rank
-
-    def __len__(self) -> int:
-        return len(self.firsts)
-
-    def __getitem__(self, number: int) -> Examples:
-        first = self.firsts[number]
-        return self.finish(self.loader.batch(first + self.offset, self.share), first)
 
 
 def _begin_worker(number: int) -> None:

@@ -6,8 +6,8 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +35,7 @@ from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import State, first_state, next_state
 
 logger = logging.getLogger(__name__)
+TOGETHER = 1.0  # seconds: under torchrun Ctrl-C reaches a rank twice, from the terminal and passed on
 
 
 class Interrupted(Exception):
@@ -121,9 +122,9 @@ def train(
                         watched = watch(state.dit, part, recipe=recipe, stage=stage, mask_ratio=mask_ratio)
                         if state.ema and moment.due(recipe.snapshot_every):
                             for index, width in enumerate(stage.ema_sigma_rel):
-                                alone = replace(state, ema=state.ema.alone(index)).gathered()
+                                average = state.gathered(index)
                                 if log is not None:
-                                    release(run / "averages" / f"{state.images:012d}-{width}", alone)
+                                    release(run / "averages" / f"{state.images:012d}-{width}", average)
                         whole = moment.due(recipe.sample_every, recipe.validate_every)
                         seen = state.gathered() if whole else state
                         if log is not None:
@@ -208,11 +209,12 @@ def _open_run(
 
 @contextlib.contextmanager
 def _signals(deadline: float) -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; the second one acts at once.
+    """A list that the first SIGINT or SIGTERM is put into; one that comes `TOGETHER` seconds later acts at once.
 
     `deadline` seconds after the first one the process ends, whatever it waits for; the last checkpoint is whole.
     """
     received: list[int] = []
+    first: list[float] = []
     watchdog = threading.Timer(deadline, lambda: give_up(received[0]))
     watchdog.daemon = True
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
@@ -224,8 +226,15 @@ def _signals(deadline: float) -> Iterator[list[int]]:
         os._exit(128 + number)
 
     def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        watchdog.start()
+        if not received:
+            received.append(number)
+            first.append(time.monotonic())
+            watchdog.start()
+        elif time.monotonic() - first[0] > TOGETHER:
+            restore()
+            signal.raise_signal(number)
+
+    def restore() -> None:
         for each, handler in previous.items():
             signal.signal(each, handler)
 
@@ -234,5 +243,4 @@ def _signals(deadline: float) -> Iterator[list[int]]:
         yield received
     finally:
         watchdog.cancel()
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        restore()

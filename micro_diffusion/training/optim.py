@@ -96,8 +96,8 @@ def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""],
     torch._foreach_add_(buffers, ahead)
     torch._foreach_add_(ahead, buffers, alpha=group["momentum"])
     dtype = torch.bfloat16 if ahead[0].is_cuda else torch.float32  # a CPU is no faster in bf16
-    whole = [_gather(part.to(dtype), parameter) for part, parameter in zip(ahead, held, strict=True)]
-    matrices = torch.cat([part.reshape(-1, part.shape[-2] // group["chunks"], part.shape[-1]) for part in whole])
+    full = [_gather(part.to(dtype), parameter) for part, parameter in zip(ahead, held, strict=True)]
+    matrices = torch.cat([each.reshape(-1, each.shape[-2] // group["chunks"], each.shape[-1]) for each in full])
     directions = orthogonalise(matrices, dtype=dtype).split(len(matrices) // len(held))
     rate = taken * (group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5)
     kept = 1 - taken * (group["lr"] * group["weight_decay"])
@@ -135,8 +135,12 @@ def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float, clip_n
 
 def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Norm of all numbers together, over all shards."""
-    norm = nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(nn.utils.get_total_norm(tensors))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together from the shards of all ranks, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -147,11 +151,11 @@ def _gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor laid out like `like`, of which this rank holds `part`."""
     if isinstance(like, DTensor):
         layout = like.device_mesh, like.placements
-        part = DTensor.from_local(part, *layout, shape=like.shape, stride=like.stride()).full_tensor()
-    return part
+        part = DTensor.from_local(part, *layout, shape=like.shape, stride=like.stride())
+    return whole(part)
 
 
-def _own_part(whole: Tensor, like: Tensor) -> Tensor:
+def _own_part(full: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
-        whole = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
-    return whole
+        full = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return _local(full)

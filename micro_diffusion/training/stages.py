@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from micro_diffusion.models.dit import DiT, rebuilt, resized
@@ -13,7 +12,7 @@ from micro_diffusion.runtime.random import derive_seed
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
 from micro_diffusion.training.guard import Guard
-from micro_diffusion.training.optim import make_optimizer
+from micro_diffusion.training.optim import make_optimizer, whole
 
 
 @dataclass
@@ -33,14 +32,13 @@ class State:
         """The weights that are sampled, validated and released: the average where there is one."""
         return self.ema.dit if self.ema else self.dit
 
-    def gathered(self) -> "State":
-        """The state with the weights that are shown, whole and in a plain model; called on every rank at once."""
-        return replace(self, dit=_whole(self.shown), ema=None)
+    def gathered(self, average: int = 0) -> "State":
+        """The state with one average as its weights, whole and in a plain model; called on every rank at once."""
+        return replace(self, dit=_whole(self.ema.dits[average] if self.ema else self.dit), ema=None)
 
 
 def _whole(dit: DiT) -> DiT:
-    tensors = dit.state_dict().items()
-    return rebuilt(dit, {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors})
+    return rebuilt(dit, {name: whole(value) for name, value in dit.state_dict().items()})
 
 
 def unsharded(dit: DiT) -> DiT:

@@ -114,7 +114,7 @@ def test_any_width_from_snapshots(
         direct = follow(direct, state.dit, wanted, images=images)
         for index, width in enumerate(stage.ema_sigma_rel if images % 160 == 0 and state.ema else ()):
             card = ModelCard(state.dit.config, EDM(), part, part, 64, images, "test")
-            shown = replace(state, ema=state.ema.alone(index)).shown
+            shown = state.gathered(index).dit
             write_folder(tmp_path / "averages" / f"{images:012d}-{width}", shown.state_dict(), card=card)
     assert direct is not None and state.ema is not None
     assert len(list((tmp_path / "averages").iterdir())) == 2 * 20

@@ -132,6 +132,16 @@ def test_a_mask_schedule_is_followed(
     assert not torch.equal(recorder.weights[16], plain.weights[16])
 
 
+def test_a_signal_that_arrives_twice_is_one_and_a_later_one_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop._signals(60) as received:
+        for _ in range(2):  # Ctrl-C under torchrun: from the terminal, and passed on
+            signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        monkeypatch.setattr(loop, "TOGETHER", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
 def test_losses_are_logged_by_noise_level(
     one_stage: Callable[..., Recipe], loaders: dict[int, Loader], tmp_path: Path
 ) -> None:
