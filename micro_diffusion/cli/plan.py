@@ -156,7 +156,13 @@ def table(works: "list[Work]", machine: "Machine", *, price: float | None) -> "T
     def add(name: str, row: Sequence[float], *memory: str) -> None:
         images, flops, hours = row
         dollars = "" if price is None else f"{hours * machine.gpus * price:,.2f}"
-        numbers = f"{images:,.0f}", f"{flops:,.4g}", f"{images / hours / 3600:,.0f}", f"{hours:,.2f}", dollars
+        numbers = (
+            f"{images:,.0f}",
+            f"{flops:,.4g}",
+            f"{images / hours / 3600:,.0f}",
+            f"{hours:,.{2 if hours >= 1 else 4}f}",
+            dollars,
+        )
         shown.add_row(name, *numbers, *memory)
 
     for work in works:
