@@ -12,6 +12,7 @@ from micro_diffusion.cli.data import Data
 from micro_diffusion.cli.ema import Ema
 from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
+from micro_diffusion.cli.plan import Bench, Plan
 from micro_diffusion.cli.prepare import Prepare
 from micro_diffusion.cli.quickstart import Quickstart
 from micro_diffusion.cli.runs import Runs
@@ -20,14 +21,15 @@ from micro_diffusion.runtime.files import UserError
 
 VERBS = {
     "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "ema": Ema,
-    "generate": Generate, "export": Export,
+    "generate": Generate, "export": Export, "plan": Plan, "bench": Bench,
 }  # fmt: skip
+Verb = Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Export | Plan | Bench
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
-    verb: Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Export = tyro.extras.subcommand_cli_from_dict(
+    verb: Verb = tyro.extras.subcommand_cli_from_dict(
         VERBS,
         prog="micro-diffusion",
         description="Train a text-to-image model from scratch on a micro-budget.",

@@ -1,6 +1,7 @@
 """`micro-diffusion quickstart`: a model from scratch in minutes, and a page that shows what it learnt."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -117,7 +118,8 @@ def scaled(recipe: "Recipe", length: float) -> "Recipe":
     stages = tuple(
         replace(
             stage,
-            images=max(times(stage.images, stage.batch_size), 2 * stage.batch_size),
+            images=max(math.floor(stage.images * length / stage.batch_size + 1e-9), 2) * stage.batch_size,
+            mask_schedule=tuple((times(start, stage.batch_size), ratio) for start, ratio in stage.mask_schedule),
             warmup_images=times(stage.warmup_images, stage.batch_size),
             ema_halflife_images=stage.ema_halflife_images and max(1, times(stage.ema_halflife_images, 1)),
             ema_start_images=times(stage.ema_start_images, stage.batch_size),

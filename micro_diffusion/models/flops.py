@@ -1,5 +1,6 @@
 """What a model costs: parameters, and FLOPs of a forward pass by the matrices that each token meets."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ class Parameters(NamedTuple):
     active: int
 
 
+@functools.cache
 def parameters(config: DiTConfig) -> Parameters:
     """Trainable parameters of a configuration; takes no memory."""
     with torch.device("meta"):
@@ -28,6 +30,7 @@ def parameters(config: DiTConfig) -> Parameters:
     return Parameters(total, total - round(experts * idle))
 
 
+@functools.cache
 def forward_flops(config: DiTConfig, *, mask_ratio: float, text_length: int) -> int:
     """FLOPs of a forward pass for one image: 2 a multiply-add, every matrix product and attention, text included.
 

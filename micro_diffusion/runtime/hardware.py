@@ -10,7 +10,8 @@ class Gpu(NamedTuple):
 
     Peaks are dense (no sparsity), in TFLOP/s: `half` of bf16 with float32 sums, or of float16 where there is no bf16;
     `single` of float32 as this package runs it, in TF32 where there is that. `price` is in dollars an hour, on demand:
-    typical of specialised clouds in spring 2026 and rounded; offers vary widely.
+    typical of specialised clouds in spring 2026 and rounded; offers vary widely. `bandwidth`: of its
+    memory, in GB/s.
     """
 
     names: tuple[str, ...]
@@ -18,6 +19,7 @@ class Gpu(NamedTuple):
     single: float
     memory_gb: int
     price: float
+    bandwidth: float
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at "bf16" or "float32"."""
@@ -25,28 +27,32 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "h100": Gpu(("H100 80GB HBM3",), 989.4, 494.7, 80, 2.90),
-    "h100-pcie": Gpu(("H100 PCIe",), 756.5, 378.2, 80, 2.40),
-    "h100-nvl": Gpu(("H100 NVL",), 835.5, 417.7, 94, 2.70),
-    "h200": Gpu(("H200",), 989.4, 494.7, 141, 3.60),
-    "b200": Gpu(("B200",), 2250, 1125, 180, 6.00),
-    "a100-40gb": Gpu(("A100-SXM4-40GB", "A100-PCIE-40GB"), 312, 156, 40, 1.20),
-    "a100-80gb": Gpu(("A100-SXM4-80GB", "A100 80GB PCIe"), 312, 156, 80, 1.40),
-    "a6000": Gpu(("RTX A6000",), 154.8, 77.4, 48, 0.50),
-    "l40s": Gpu(("L40S",), 362.1, 183.2, 48, 0.80),
-    "l4": Gpu(("L4",), 121, 60, 24, 0.45),
-    "rtx-4090": Gpu(("GeForce RTX 4090",), 165.2, 82.6, 24, 0.40),
-    "rtx-3090": Gpu(("GeForce RTX 3090",), 71.2, 35.6, 24, 0.25),
-    "v100-16gb": Gpu(("Tesla V100-SXM2-16GB",), 125, 15.7, 16, 0.40),
-    "v100-32gb": Gpu(("Tesla V100-SXM2-32GB",), 125, 15.7, 32, 0.50),
-    "mi300x": Gpu(("AMD Instinct MI300X",), 1307.4, 163.4, 192, 2.20),
+    "h100": Gpu(("H100 80GB HBM3",), 989.4, 494.7, 80, 2.90, 3350),
+    "h100-pcie": Gpu(("H100 PCIe",), 756.5, 378.2, 80, 2.40, 2000),
+    "h100-nvl": Gpu(("H100 NVL",), 835.5, 417.7, 94, 2.70, 3938),
+    "h200": Gpu(("H200",), 989.4, 494.7, 141, 3.60, 4800),
+    "b200": Gpu(("B200",), 2250, 1125, 180, 6.00, 8000),
+    "a100-40gb": Gpu(("A100-SXM4-40GB", "A100-PCIE-40GB"), 312, 156, 40, 1.20, 1555),
+    "a100-80gb": Gpu(("A100-SXM4-80GB", "A100 80GB PCIe"), 312, 156, 80, 1.40, 1935),
+    "a6000": Gpu(("RTX A6000",), 154.8, 77.4, 48, 0.50, 768),
+    "l40s": Gpu(("L40S",), 362.1, 183.2, 48, 0.80, 864),
+    "l4": Gpu(("L4",), 121, 60, 24, 0.45, 300),
+    "rtx-4090": Gpu(("GeForce RTX 4090",), 165.2, 82.6, 24, 0.40, 1008),
+    "rtx-3090": Gpu(("GeForce RTX 3090",), 71.2, 35.6, 24, 0.25, 936),
+    "v100-16gb": Gpu(("Tesla V100-SXM2-16GB",), 125, 15.7, 16, 0.40, 900),
+    "v100-32gb": Gpu(("Tesla V100-SXM2-32GB",), 125, 15.7, 32, 0.50, 900),
+    "mi300x": Gpu(("AMD Instinct MI300X",), 1307.4, 163.4, 192, 2.20, 5300),
 }
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU that the driver calls by such a name; None for a CPU, and for one not listed: a guess would mislead."""
-    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else ""
-    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
+    return next((gpu for gpu in GPUS.values() if device_name(device) in gpu.names), None)
+
+
+def device_name(device: torch.device) -> str:
+    """As the driver has it, without "NVIDIA"; of what is no GPU its kind."""
+    return torch.cuda.get_device_name(device).removeprefix("NVIDIA ") if device.type == "cuda" else device.type
 
 
 def device_count() -> int:

@@ -40,7 +40,9 @@ def test_model_and_training_need_little_more_than_torch(module: str) -> None:
     assert not imported_by(f"import micro_diffusion.{module}") & heavy
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["runs", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["runs", "--help"], ["plan", "--help"]]
+)
 def test_help_imports_no_library_that_takes_seconds(arguments: list[str]) -> None:
     code = f"""
 from micro_diffusion.cli.main import main

@@ -39,7 +39,7 @@ def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--help"])
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("quickstart", "prepare", "train", "generate"))
+    assert all(verb in shown for verb in ("quickstart", "prepare", "train", "generate", "plan", "bench"))
 
 
 def test_unknown_setting_is_answered_with_the_nearest_known_one(capsys: pytest.CaptureFixture[str]) -> None:

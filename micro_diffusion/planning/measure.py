@@ -1,0 +1,60 @@
+"""How fast this machine trains one kind of step: on a few of the model's blocks, scaled up by FLOPs."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import torch
+
+from micro_diffusion.diffusion.objectives import EDM
+from micro_diffusion.models.dit import DiT, DiTConfig, conditioned
+from micro_diffusion.models.flops import parameters
+from micro_diffusion.planning.cost import Machine, Speed, Work, fit
+from micro_diffusion.runtime.hardware import gpu_of
+
+BLOCKS, MIXER_BLOCKS = 5, 2  # both kinds of feed-forward, and few enough to compile in half a minute
+WARM_UP, STEPS = 3, 15
+
+
+def shallow(config: DiTConfig) -> DiTConfig:
+    """A few of the model's blocks, evenly spread over its depth, as wide as they are."""
+    depth, mixer = min(config.depth, BLOCKS), min(config.patch_mixer_depth, MIXER_BLOCKS)
+    some = [round(i * (config.depth - 1) / max(depth - 1, 1)) for i in range(depth)]
+    qkv, ffn = (tuple(each[i] for i in some) for each in (config.qkv_multipliers, config.ffn_multipliers))
+    return replace(config, depth=depth, patch_mixer_depth=mixer, qkv_multipliers=qkv, ffn_multipliers=ffn)
+
+
+def measure(
+    work: Work, mask_ratio: float, device: torch.device, optimizer: Callable[[DiT], Callable[[], object]]
+) -> Speed:
+    """Medians of whole forward and backward passes, and of `optimizer`'s steps; on a GPU compiled if the work is."""
+    images, gpu, objective = min(work.batch_size, 256), gpu_of(device), EDM()
+    if device.type == "cuda":  # as many as fit with the whole model
+        images = max(1, fit(work._replace(batch_size=images), Machine(gpu))[0]) if gpu else 16
+    work = work._replace(model=shallow(work.model))
+    with torch.device(device):
+        dit, text = DiT(work.model), torch.randn(images, work.text_length, work.model.caption_channels)
+        latents, noise = torch.randn(2, images, work.model.in_channels, *work.model.latent_size)
+        level, mask_noise = objective.noise_level(torch.randn(images)), torch.rand(images, dit.num_patches)
+    torch.compiler.reset()  # after a few graphs of one function the compiler gives up silently
+    step, mask = optimizer(dit), torch.ones_like(text[..., 0], dtype=torch.bool)
+    network = cast(DiT, torch.compile(dit, dynamic=False)) if work.compiled and device.type == "cuda" else dit
+    wait: Callable[[], object] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, int)
+    masked = {"precision": work.precision, "mask_ratio": mask_ratio, "mask_noise": mask_noise}
+
+    def backward() -> None:
+        shown = conditioned(network, text, mask, **masked)  # type: ignore[arg-type]
+        objective.loss(shown, latents, level, noise, patch_size=work.model.patch_size).mean.backward()
+
+    def timed(call: Callable[[], object]) -> float:
+        wait()
+        before = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - before
+
+    rows = [(timed(backward), timed(step)) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+    passes, steps = map(statistics.median, zip(*rows, strict=True))
+    return images * work.flops(mask_ratio) / passes, steps / parameters(work.model).total
