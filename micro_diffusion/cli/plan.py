@@ -25,9 +25,7 @@ BENCH = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-
 DOWNSCALE = 8  # pixels to a latent, of all autoencoders here but DC-AE
 TYPICAL_TOKENS = 16  # of a caption, where a recipe takes them as long as they are
 ADVICE = "--parallel fsdp, larger GPUs, or train --activation-checkpointing."
-GUESS = (
-    "Speed: the part of the peak that XL reached at 256 px on an H100 in spring 2026; for other GPUs, models: a guess."
-)
+GUESS = "Speed: the part of the peak that XL reached at 256 px on an H100; for other GPUs, models: a guess."
 
 
 @dataclass(frozen=True)
