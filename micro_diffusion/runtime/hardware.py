@@ -47,7 +47,8 @@ GPUS = {
 
 def gpu_of(device: torch.device) -> Gpu | None:
     """The GPU that the driver calls by such a name; None for a CPU, and for one not listed: a guess would mislead."""
-    return next((gpu for gpu in GPUS.values() if device_name(device) in gpu.names), None)
+    name = device_name(device)
+    return next((gpu for gpu in GPUS.values() if name in gpu.names), None)
 
 
 def device_name(device: torch.device) -> str:

@@ -133,6 +133,7 @@ def test_a_mask_schedule_is_followed(
 
 
 def test_a_signal_that_arrives_twice_is_one_and_a_later_one_acts(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with loop._signals(60) as received:
         for _ in range(2):  # Ctrl-C under torchrun: from the terminal, and passed on
             signal.raise_signal(signal.SIGINT)
@@ -140,6 +141,7 @@ def test_a_signal_that_arrives_twice_is_one_and_a_later_one_acts(monkeypatch: py
         monkeypatch.setattr(loop, "TOGETHER", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_losses_are_logged_by_noise_level(
