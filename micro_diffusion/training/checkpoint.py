@@ -194,7 +194,8 @@ def _reason(error: BaseException) -> str:
 
 def _tensors(state: State) -> dict[str, Any]:
     """The state's own tensors under stable names, to be written, or to be read into."""
-    optimizer = {name: state.optimizer.state[parameter] for name, parameter in state.dit.named_parameters()}
+    moments = dict(state.optimizer.state)  # the optimizer's own makes up what it lacks
+    optimizer = {name: moments[parameter] for name, parameter in state.dit.named_parameters()}
     tensors = {"weights": state.dit.state_dict(), "optimizer": optimizer, "skipped": state.skipped}
     averages = state.ema.dits if state.ema else []
     return tensors | {f"ema{index or ''}": dit.state_dict() for index, dit in enumerate(averages)}

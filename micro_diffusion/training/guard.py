@@ -161,9 +161,8 @@ def watch(dit: DiT, examples: Examples, *, recipe: Recipe, stage: Stage, mask_ra
         )  # fmt: skip
     for hook in hooks:
         hook.remove()
-    for module in dit.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # which the backward pass would have done
+    if isinstance(dit, FSDPModule):
+        dit.reshard()  # until a backward pass the root's parameters would be gathered ones, not the optimizer's
     row = {"weight_norm": total_norm(list(dit.parameters())), "activation_max": torch.stack(seen).max()}
     if takers:
         load = torch.cat(takers)
