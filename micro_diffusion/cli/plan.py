@@ -25,7 +25,7 @@ BENCH = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-
 DOWNSCALE = 8  # pixels to a latent, of all autoencoders here but DC-AE
 TYPICAL_TOKENS = 16  # of a caption, where a recipe takes them as long as they are
 ADVICE = "--parallel fsdp, larger GPUs, or train --activation-checkpointing."
-GUESS = "Speed: the part of the peak that XL reached at 256 px on an H100; for other GPUs, models: a guess."
+GUESS = "Speed: the part of its peak that an H100 gave XL at 256 px; for all else, a guess."
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,6 @@ def table(works: "list[Work]", machine: "Machine", *, price: float | None) -> "T
     kinds, stored = {work.kind(ratio) for work in works for _, ratio in work.spans}, picture_bytes(works)
     notes += [GUESS if kinds - machine.measured.keys() else "Speed: measured by micro-diffusion bench."]
     notes += [f"A picture takes {stored:,} bytes in a store, a million {stored / 1e3:,.0f} GB."]
-    shown.caption = "\n".join(
-        [*notes, "Not counted: preparing latents, samples, validation, checkpoints, compilation."]
-    )
+    notes += ["Not counted: preparing latents, samples, validation, checkpoints, compilation."]
+    shown.caption, shown.caption_justify = "\n".join(notes), "left"
     return shown
