@@ -36,6 +36,8 @@ class SourceOptions:
     """emoji: only a named subset of the training split, such as quickstart."""
     augment: int | None = None
     """emoji: so many varied copies of each drawing besides."""
+    count: int | None = None
+    """emoji-scenes: so many scenes. Default: 100000."""
     table: str | None = None
     """Folder, archive: captions from this CSV, JSONL or Parquet table."""
     validation: float | None = None

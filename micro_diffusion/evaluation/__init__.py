@@ -1,0 +1,1 @@
+"""How good pictures are: metrics, benchmarks, and the small networks that judge emoji and scenes."""

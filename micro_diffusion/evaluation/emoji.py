@@ -1,0 +1,165 @@
+"""The embedded benchmark: does the picture of a held-out (concept, style) pair show that concept in that style?
+
+A judge that has seen real drawings of all pairs decides; a second one, which never saw a held-out drawing, stands
+beside it. True drawings are judged too: no model can be expected to do better than they.
+"""
+
+import io
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from micro_diffusion.data.records import hash_share
+from micro_diffusion.data.sources.emoji import emoji_table
+from micro_diffusion.evaluation.frechet import Moments, frechet_distance
+from micro_diffusion.evaluation.judges import BLOCK, FOLDER, Judge, Opinion, load_network, to_tensor
+from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
+from micro_diffusion.runtime.files import sha256
+from micro_diffusion.runtime.random import derive_seed
+
+KINDS = {"held_out_pair": "held-out pairs", "held_out_concept": "held-out concepts", "train": "seen pairs"}
+SEEN, REPEATS, REPEATED = 0.027, 4, 32  # share of the seen pairs asked for; pictures of each of the first prompts
+
+
+class EmojiBenchmark:
+    """Every held-out pair and concept, about as many seen pairs, and more pictures of some to see how they differ."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
+
+    @cached_property
+    def rows(self) -> list[dict[str, Any]]:
+        """The drawings asked for, in an order that mixes the kinds."""
+        rows = [row for row in emoji_table() if row["split"] != "train" or hash_share(f"seen/{row['caption']}", SEEN)]
+        return sorted(rows, key=lambda row: derive_seed(0, "emoji benchmark", row["caption"]))
+
+    def prompts(self) -> list[Prompt]:
+        """The drawings' captions, then those of the first `REPEATED` again, from other noise."""
+        asked = [*self.rows, *self.rows[:REPEATED] * (REPEATS - 1)]
+        return [
+            Prompt(row["caption"], derive_seed(self.seed, "emoji prompt", index),
+                   {name: row[name] for name in ("concept", "style", "split")})
+            for index, row in enumerate(asked)
+        ]  # fmt: skip
+
+    def true_picture(self, index: int) -> Image.Image:
+        """The drawing that the prompt of that index asks for."""
+        count = len(self.rows)
+        return _open(self.rows[index if index < count else (index - count) % REPEATED])
+
+    def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
+        """Shares right by kind and judge, distances to the true pictures in the judge's features, and memorisation."""
+        prompts = pictures.prompts or []
+        truths = [prompt.truth for prompt in prompts]
+        true = [self.true_picture(index) for index in range(len(truths))]
+        numbers: dict[str, float] = {}
+        for name, mark in (("judge", ""), ("second", " (second judge)")):
+            judge = cast(Judge, load_network(name)).to(device)
+            for said, what in (
+                (opinion(judge, pictures.batches(BLOCK)), ""),
+                (opinion(judge, [true]), ", true pictures"),
+            ):
+                hits = right(judge, said, truths)
+                for kind, words in KINDS.items():
+                    rows = [index for index, truth in enumerate(truths) if truth["split"] == kind]
+                    for measure, hit in hits.items() if rows else ():
+                        numbers[f"{measure}, {words}{what}{mark}"] = float(hit[rows].float().mean())
+        judge = cast(Judge, load_network("judge")).to(device)
+        drawn, real = opinion(judge, pictures.batches(BLOCK)), opinion(judge, [true])
+        numbers |= self.distances(judge, drawn, real, truths, [prompt.text for prompt in prompts])
+        hashes = " and ".join(sha256(FOLDER / f"{name}.safetensors")[:12] for name in ("judge", "second"))
+        protocol = f"{len(truths)} prompts, judged by the embedded networks (sha256 {hashes}) at {Judge.SIZE} px"
+        sure = sureness(judge, drawn, truths, "concept") + sureness(judge, drawn, truths, "style")
+        return Scores(protocol, numbers, {"sure": sure.tolist()}, notes=seen_as(judge, drawn))
+
+    def distances(
+        self, judge: Judge, drawn: Opinion, real: Opinion, truths: Sequence[Mapping[str, Any]], texts: Sequence[str]
+    ) -> dict[str, float]:
+        """Frechet and kernel distance over held-out prompts, spread over seeds, and nearest drawings of training."""
+        held = [index for index, truth in enumerate(truths) if truth["split"] != "train"]
+        numbers: dict[str, float] = {}
+        if len(held) > 1:
+            fake, true = drawn.features[held].cpu().double(), real.features[held].cpu().double()
+            moments = [Moments(), Moments()]
+            for each, features in zip(moments, (fake, true), strict=True):
+                each.update(features)
+            numbers["Frechet distance, held-out"] = frechet_distance(*moments)
+            numbers["kernel distance, held-out"] = kernel_distance(fake, true)
+        by_text: dict[str, list[int]] = {}
+        for index, text in enumerate(texts):
+            by_text.setdefault(text, []).append(index)
+        spread = [torch.pdist(drawn.features[rows]).mean().item() for rows in by_text.values() if len(rows) > 1]
+        if spread:
+            numbers["diversity: distance between seeds"] = float(np.mean(spread))
+            numbers["diversity: distance between true pictures"] = torch.pdist(real.features).mean().item()
+        pairs = [index for index, truth in enumerate(truths) if truth["split"] == "held_out_pair"]
+        if pairs:
+            training = (row for row in emoji_table() if row["split"] == "train")
+            batches = iter(lambda: [_open(row) for row in itertools.islice(training, BLOCK)], [])
+            known = opinion(judge, batches).features
+            nearest = torch.cdist(drawn.features[pairs], known).amin(1)
+            own = (drawn.features[pairs] - real.features[pairs]).norm(dim=1)
+            numbers["memorisation: held-out pairs nearer to a training drawing"] = float((nearest < own).float().mean())
+            true_nearest = torch.cdist(real.features[pairs], known).amin(1)
+            numbers["memorisation: distance to the nearest, relative to true pictures"] = float(
+                nearest.median() / true_nearest.median()
+            )
+        return numbers
+
+
+def _open(row: Mapping[str, Any]) -> Image.Image:
+    return Image.open(io.BytesIO(row["image"])).convert("RGB")
+
+
+@torch.no_grad()
+def opinion(judge: Judge, batches: Iterable[Sequence[Image.Image]]) -> Opinion:
+    """What the judge says of pictures of one size."""
+    device = next(judge.parameters()).device
+    parts = [
+        judge(to_tensor(batch[i : i + BLOCK]).to(device)) for batch in batches for i in range(0, len(batch), BLOCK)
+    ]
+    return Opinion(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def right(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]]) -> dict[str, Bool[Tensor, " b"]]:
+    """Which pictures show the concept (as the first guess, or among five), the style, and both."""
+    concept = torch.tensor([judge.names["concepts"].index(truth["concept"]) for truth in truths])
+    style = torch.tensor([judge.names["styles"].index(truth["style"]) for truth in truths])
+    best = said.concept.topk(5).indices.cpu() == concept[:, None]
+    styled = said.style.argmax(-1).cpu() == style
+    return {
+        "concept top-1": best[:, 0], "concept top-5": best.any(1), "style": styled, "both": best[:, 0] & styled,
+    }  # fmt: skip
+
+
+def sureness(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]], what: str) -> Float[Tensor, " b"]:
+    """Log-probability of the true concept or style."""
+    names = torch.tensor([judge.names[f"{what}s"].index(truth[what]) for truth in truths])
+    logits: Tensor = getattr(said, what).cpu()
+    return logits.log_softmax(-1).gather(1, names[:, None])[:, 0]
+
+
+def seen_as(judge: Judge, said: Opinion) -> list[str]:
+    """What the judge takes each picture for."""
+    best = zip(said.concept.argmax(-1).tolist(), said.style.argmax(-1).tolist(), strict=True)
+    return [f"seen as {judge.names['concepts'][c]}, {judge.names['styles'][s]}" for c, s in best]
+
+
+def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x y / d + 1)^3 (arXiv 1801.01401, section 4)."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def within(x: Tensor) -> Tensor:
+        values = kernel(x, x)
+        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
+
+    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
