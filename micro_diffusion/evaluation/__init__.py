@@ -1,0 +1,1 @@
+"""Pictures for metrics, and what metrics and benchmarks say of them."""
