@@ -131,7 +131,7 @@ def draw_scene(generator: np.random.Generator, *, task: str | None = None) -> Sc
     for concept, copies in zip(concepts, counts, strict=True):
         colour = generator.choice(tuple(COLOURS)) if tint or (task is None and generator.random() < 0.4) else None
         groups.append(Group(concept, copies, None if colour is None else str(colour)))
-    style = str(generator.choice([name for name in STYLE_WORDS if all((c, name) in drawings() for c in concepts)]))
+    style = str(generator.choice([name for name in STYLE_WORDS if all((c, name) in known() for c in concepts)]))
     place = str(generator.choice(tuple(RELATIONS))) if relation else None
     return Scene(tuple(groups), place, style, str(generator.choice(tuple(GROUNDS))), int(generator.integers(2**62)))
 
@@ -158,18 +158,24 @@ def _bitmap(scene: Scene) -> bytes:
 
 
 @cache
-def drawings() -> Mapping[tuple[str, str], Image.Image]:
-    """The training split's drawings of the scenes' concepts, with a mask of what stands before the white: RGBA."""
-    found = {}
-    for row in emoji_table():
-        if row["concept"] in CONCEPTS and row["split"] == "train":
-            picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
-            framed = ImageOps.expand(picture, 1, "white")  # so that the outside is in one piece
-            ImageDraw.floodfill(framed, (0, 0), (1, 2, 3), thresh=24)
-            outside = (np.asarray(framed) == (1, 2, 3)).all(-1)[1:-1, 1:-1]
-            picture.putalpha(Image.fromarray((~outside).astype(np.uint8) * 255))
-            found[row["concept"], row["style"]] = picture.crop(picture.getchannel("A").getbbox())
-    return found
+def known() -> Mapping[tuple[str, str], bytes]:
+    """The training split's drawings of the scenes' concepts, by concept and style."""
+    return {
+        (row["concept"], row["style"]): row["image"]
+        for row in emoji_table()
+        if row["concept"] in CONCEPTS and row["split"] == "train"
+    }
+
+
+@cache
+def cut_out(concept: str, style: str) -> Image.Image:
+    """A drawing without the white around it: RGBA."""
+    picture = Image.open(io.BytesIO(known()[concept, style])).convert("RGB")
+    framed = ImageOps.expand(picture, 1, "white")  # so that the outside is in one piece
+    ImageDraw.floodfill(framed, (0, 0), (1, 2, 3), thresh=24)
+    outside = (np.asarray(framed) == (1, 2, 3)).all(-1)[1:-1, 1:-1]
+    picture.putalpha(Image.fromarray((~outside).astype(np.uint8) * 255))
+    return picture.crop(picture.getchannel("A").getbbox())
 
 
 def tinted(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -188,7 +194,7 @@ def compose(scene: Scene, edge: int = EDGE) -> tuple[Image.Image, list[tuple[Box
     """The scene's picture and each object's box."""
     generator = np.random.default_rng(scene.seed)
     objects = [group for group in scene.groups for _ in range(group.count)]
-    cut = [drawings()[group.concept, scene.style] for group in objects]
+    cut = [cut_out(group.concept, scene.style) for group in objects]
     boxes = place(generator, [picture.size for picture in cut], scene.relation)
     ground = np.asarray(GROUNDS[scene.ground], np.float32)
     shade = np.linspace(0, generator.choice([0, 0, -36, 18]), EDGE)[:, None, None]

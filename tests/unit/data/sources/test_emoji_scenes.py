@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from micro_diffusion.data.records import decode_image
-from micro_diffusion.data.sources import emoji_scenes as module
 from micro_diffusion.data.sources.emoji import emoji_table
 from micro_diffusion.data.sources.emoji_scenes import (
     COLOURS,
@@ -19,8 +18,9 @@ from micro_diffusion.data.sources.emoji_scenes import (
     Group,
     Scene,
     compose,
-    drawings,
+    cut_out,
     emoji_scene_records,
+    known,
     scenes,
     tinted,
 )
@@ -30,23 +30,6 @@ from micro_diffusion.runtime.files import UserError
 
 def some(count, *, task=None, seed=3, wanted=lambda scene: True):
     return list(itertools.islice(scenes(seed, task=task, wanted=wanted), count))
-
-
-@pytest.fixture(autouse=True)
-def _few_drawings(monkeypatch, request):
-    """Plain shapes in place of the drawings, which take seconds to cut out; all sizes of them."""
-    if "real_drawings" in request.keywords or "drawings_of_all" in request.fixturenames:
-        return
-    shapes = {
-        (concept, style): Image.new("RGBA", (20 + 3 * (i % 30), 20 + 5 * (i % 17)), (40, 90, 140, 255))
-        for i, (concept, style) in enumerate(itertools.product(CONCEPTS, STYLE_WORDS))
-    }
-    monkeypatch.setattr(module, "drawings", lambda: shapes)
-
-
-@pytest.fixture(scope="session")
-def drawings_of_all():
-    return drawings()
 
 
 def test_always_the_same_and_one_by_one():
@@ -156,14 +139,12 @@ def test_tints_have_their_hue(colour):
     assert len(np.unique(shades, axis=0)) == 3
 
 
-@pytest.mark.slow
-def test_drawings_are_of_the_training_split_and_cut_out(drawings_of_all):
+def test_drawings_are_of_the_training_split_and_cut_out():
     training = {(row["concept"], row["style"]) for row in emoji_table() if row["split"] == "train"}
-    assert set(drawings_of_all) <= training and {concept for concept, _ in drawings_of_all} == set(CONCEPTS)
-    for picture in drawings_of_all.values():
-        alpha = np.asarray(picture.getchannel("A"))
-        assert alpha.any(0).all() or picture.width > 8  # cropped to what shows
-        assert 0.1 < (alpha > 0).mean() <= 1
+    assert set(known()) <= training and {concept for concept, _ in known()} == set(CONCEPTS)
+    for style in STYLE_WORDS:
+        alpha = np.asarray(cut_out("dog", style).getchannel("A"))
+        assert alpha[0].any() and alpha[:, 0].any() and 0.3 < (alpha > 0).mean() < 1  # cropped to what shows
     scene = Scene((Group("fox", 1, None),), None, "twemoji", "pale blue", 1)
     picture, [(box, _)] = compose(scene)
     corner = np.asarray(picture)[0, 0]
