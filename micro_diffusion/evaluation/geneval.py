@@ -92,7 +92,7 @@ def verdict(truth: Truth, found: Sequence[Detection], *, colour_of: ColourOf | N
 
 
 def relative_position(box: Box, other: Box) -> list[str]:
-    """Sides of `other` on which a box lies: the offset of centres, less `SLACK` of the sizes, is over half of the whole."""
+    """Sides of `other` on which a box lies: there its offset, less `SLACK` of the sizes, is over half of the whole."""
     corners = np.array([box, other], dtype=float).reshape(2, 2, 2)  # box, corner, axis
     offset, sizes = -np.diff(corners.mean(1), axis=0)[0], np.ptp(corners, axis=1).sum(0)
     beyond = np.maximum(np.abs(offset) - SLACK * sizes, 0) * np.sign(offset)

@@ -344,22 +344,25 @@ def test_pixels_as_mmdet_prepares_them(networks: dict[str, str], monkeypatch: py
         seen.append(pixel_values)
         height, width = pixel_values.shape[-2:]
         masks, classes = torch.full((1, 1, height // 4, width // 4), -5.0), torch.zeros(1, 1, 81)
-        masks[..., 20:40, 10:50], classes[..., 15] = 5.0, 30.0
+        masks[..., 20:40, 150:202], classes[..., 15] = 5.0, 30.0
         return Mask2FormerForUniversalSegmentationOutput(class_queries_logits=classes, masks_queries_logits=masks)
 
     monkeypatch.setattr(Mask2FormerForUniversalSegmentation, "forward", forward)
     detect, _, usual = geneval.mask2former(networks["mask2former"], CPU)
     assert not usual
-    (cat,) = detect(Image.new("RGB", (150, 100), (255, 0, 127)))
-    assert seen[0].shape == (1, 3, 800, 1216)  # 1200 and 16 of padding
+    (cat,) = detect(Image.new("RGB", (101, 100), (255, 0, 127)))
+    assert seen[0].shape == (1, 3, 800, 832)  # 808 and 24 of padding
     expected = torch.tensor([(1 - 0.485) / 0.229, -0.456 / 0.224, (127 / 255 - 0.406) / 0.225])
     torch.testing.assert_close(seen[0][0, :, 400, 600], expected, atol=1e-4, rtol=1e-4)
-    assert not seen[0][..., 1200:].any() and seen[0][..., 1199].all()
-    # rows 80 to 160 and columns 40 to 200 of 800 by 1200, an eighth of that in the picture
-    assert cat.label == "cat" and cat.box == (5, 10, 25, 20) and cat.score > 0.9
-    assert cat.mask is not None and cat.mask.size == (150, 100)
+    assert not seen[0][..., 808:].any() and seen[0][..., 807].all()
+    # rows 80 to 160 and columns 600 to 808 of 800 by 808, an eighth of that in the picture
+    assert cat.label == "cat" and cat.box == (75, 10, 101, 20) and cat.score > 0.9
+    assert cat.mask is not None and cat.mask.size == (101, 100)
     detect(Image.new("RGB", (100, 400)))
     assert seen[1].shape == (1, 3, 1344, 352) and not seen[1][:, :, 1333:].any()  # 333 by 1333
+    detect(Image.linear_gradient("L").convert("RGB"))
+    reds = seen[2][0, 0, :800, :800] * 58.395 + 123.675
+    assert (reds - reds.round()).abs().max() < 1e-3 and len(reds.round().unique()) == 256
 
 
 def test_colours_agree_with_open_clip(networks: dict[str, str]) -> None:
