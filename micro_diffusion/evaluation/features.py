@@ -4,8 +4,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import getitem
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from micro_diffusion.runtime.files import UserError, sha256
 Look = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # pictures and their captions to features (b, d)
 Network = tuple[Look, str, str]  # with its weights' sha256 and, in words, what it does to pictures first
 Reference = PictureFolder | Moments  # true pictures, or what is known of them
-INCEPTION, CLIP = "inception-v3-compat", "CLIPVisionModelWithProjection"
+INCEPTION, VISION = "inception-v3-compat", "CLIPVisionModelWithProjection"
 
 
 @dataclass(frozen=True)
@@ -54,38 +55,45 @@ def inception(name: str, settings: Settings) -> Network:
     return look, sha256(file), "bilinear by the network, as in TensorFlow 1"
 
 
-def vision(name: str, settings: Settings, *, source: str, kind: str, size: int) -> Network:
-    """A vision model of transformers' class `kind`."""
-    model, processor, weights = _transformer(name, settings, source, kind)
+def transformer(
+    name: str, settings: Settings, *, source: str, kind: str, size: int = 224, percent: bool = False
+) -> Network:
+    """A model of transformers' class `kind`; `source` is its name on the hub.
+
+    Of a CLIPModel it is the cosine of picture and caption, times the model's own scale or as max(cosine, 0) in percent.
+    """
+    wanted = [*FILES, "preprocessor_config.json"]
+    folder = pretrained.part_folder(settings.weights.get(name, source), wanted, weights=WEIGHTS)
+    files = pretrained.weight_files(name, folder, WEIGHTS)
+    with pretrained.loading(name, library="transformers") as library:
+        model, report = getattr(library, kind).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder} lacks weights of {name} ({missing[0]} and {len(missing) - 1} more).")
+    model = model.eval().float().to(settings.device)
 
     def look(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         squares = [Image.fromarray(resize_crop(picture, size)) for picture in pictures]
-        pixels = processor(images=squares, do_resize=False, do_center_crop=False, return_tensors="pt").pixel_values
-        out = model(pixel_values=pixels.to(settings.device))
-        return out.image_embeds if kind == CLIP else out.pooler_output
-
-    return look, weights, f"central square to {size} px, bicubic"
-
-
-def clip(name: str, settings: Settings, *, source: str, percent: bool = False) -> Network:
-    """Cosine of picture and caption times the model's own scale, or as max(cosine, 0) in `percent` (Hessel 2021)."""
-    model, processor, weights = _transformer(name, settings, source, "CLIPModel")
-
-    def look(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        inputs = processor(images=pictures, text=captions, padding=True, truncation=True, return_tensors="pt")
+        text = {"text": captions, "padding": True, "truncation": True} if kind == "CLIPModel" else {}
+        inputs = processor(images=squares, do_resize=False, do_center_crop=False, return_tensors="pt", **text)
         out = model(**inputs.to(settings.device))
+        if kind != "CLIPModel":
+            return out.image_embeds if kind == VISION else out.pooler_output
         cosine = (out.image_embeds * out.text_embeds).sum(1, keepdim=True)
         return 100 * cosine.clamp(min=0) if percent else model.logit_scale.exp() * cosine
 
-    return look, weights, "by the model's processor"
+    return look, pretrained.weights_sha256(files), f"central square to {size} px, bicubic"
 
 
 def hpsv2(name: str, settings: Settings, *, kind: str = "ViT-H-14") -> Network:
     """100 times the cosine of Human Preference Score 2.1 (Wu et al. 2023), from its file for OpenCLIP."""
     library, given = pretrained.optional_package("open_clip"), settings.weights.get(name)
     file = Path(given) if given else pretrained.hub_file("xswu/HPSv2", "HPS_v2.1_compressed.pt")
-    model, _, prepare = library.create_model_and_transforms(kind, str(file), image_resize_mode="longest")
-    model, tokenizer = model.to(settings.device), library.get_tokenizer(kind)
+    try:
+        model, _, prepare = library.create_model_and_transforms(kind, str(file), image_resize_mode="longest")
+    except (RuntimeError, OSError, UnpicklingError) as error:
+        raise UserError(f"{file} does not load as {name} ({pretrained.first_line(error)}).") from error
+    model, tokenizer = model.eval().to(settings.device), library.get_tokenizer(kind)
 
     def look(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         seen = model.encode_image(torch.stack([prepare(p) for p in pictures]).to(settings.device), normalize=True)
@@ -96,48 +104,34 @@ def hpsv2(name: str, settings: Settings, *, kind: str = "ViT-H-14") -> Network:
 
 NETWORKS: dict[str, Callable[[str, Settings], Network]] = {
     INCEPTION: inception,
-    "clip-vit-b-32": partial(vision, source="openai/clip-vit-base-patch32", kind=CLIP, size=224),
-    "clip-vit-l-14-336": partial(vision, source="openai/clip-vit-large-patch14-336", kind=CLIP, size=336),
-    "dinov2-vit-l-14": partial(vision, source="facebook/dinov2-large", kind="Dinov2Model", size=224),
-    "clip-score": partial(clip, source="openai/clip-vit-large-patch14", percent=True),
-    "pickscore": partial(clip, source="yuvalkirstain/PickScore_v1"),
+    "clip-vit-b-32": partial(transformer, source="openai/clip-vit-base-patch32", kind=VISION),
+    "clip-vit-l-14-336": partial(transformer, source="openai/clip-vit-large-patch14-336", kind=VISION, size=336),
+    "dinov2-vit-l-14": partial(transformer, source="facebook/dinov2-large", kind="Dinov2Model"),
+    "clip-score": partial(transformer, source="openai/clip-vit-large-patch14", kind="CLIPModel", percent=True),
+    "pickscore": partial(transformer, source="yuvalkirstain/PickScore_v1", kind="CLIPModel"),
     "hpsv2": hpsv2,
 }
 
 
-def _transformer(name: str, settings: Settings, source: str, kind: str) -> tuple[Any, Any, str]:
-    """A model of transformers' class `kind`, its processor and its weights' sha256; `source` is its name on the hub."""
-    wanted = [*FILES, "preprocessor_config.json"]
-    folder = pretrained.part_folder(settings.weights.get(name, source), wanted, weights=WEIGHTS)
-    files = pretrained.weight_files(name, folder, WEIGHTS)
-    with pretrained.loading(name, library="transformers") as library:
-        model, report = getattr(library, kind).from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder} lacks weights of {name} ({missing[0]} and {len(missing) - 1} more).")
-    return model.eval().float().to(settings.device), processor, pretrained.weights_sha256(files)
-
-
 def measure(pictures: Reference, name: str, settings: Settings, *, keep: bool = False) -> Moments:
     """Statistics of a folder's features, with `keep` the features too; or saved ones, if made in the same way."""
+    known = None if isinstance(pictures, Moments) else settings.measured.get((pictures.path, name))
+    if known and (len(known.features) or not keep):
+        return known
     look, weights, resizing = NETWORKS[name](name, settings)
     if settings.resize:
         resizing = f"central square to {settings.resize} px, bicubic, then {resizing}"
     moments = Moments({"network": name, "weights": weights, "resizing": resizing})
     if isinstance(pictures, Moments):
-        other = [key for key, value in moments.made.items() if pictures.made.get(key) != value]
-        if keep or other:
-            lack = f"are of another {' and '.join(other)}" if other else "hold no features, which this metric needs"
-            raise UserError(f"The saved statistics {lack}: give the folder of true pictures instead.")
+        lack = [f"the same {key}" for key in moments.made if pictures.made.get(key) != moments.made[key]]
+        if lack := [*lack, *(["features"] if keep else [])]:
+            raise UserError(f"The statistics lack {' and '.join(lack)}: give the folder of true pictures instead.")
         return pictures
-    known = settings.measured.get((pictures.path, name))
-    if known and (len(known.features) or not keep):
-        return known
     if name == INCEPTION and not settings.resize:
         pictures.one_size()  # or it says which picture has another
     sizes, digest, kept = set(), hashlib.sha256(), []
     cuts = (slice(start, start + settings.batch_size) for start in range(0, len(pictures), settings.batch_size))
-    for batch in ahead((partial(pictures.__getitem__, cut) for cut in cuts), depth=4, workers=4, name="decode"):
+    for batch in ahead((partial(getitem, pictures, cut) for cut in cuts), depth=4, workers=4, name="decode"):
         for picture in batch:
             sizes.add(f"{picture.width} x {picture.height}")
             digest.update(picture.tobytes())

@@ -44,12 +44,13 @@ class Metric:
             warnings.append(f"{drawn.made['size']} pixels against {true.made['size']}: scale both to one size.")
         if drawn.made["format"] != ".png":
             warnings.append(f"Pictures in {drawn.made['format']} may be compressed, which features show: draw PNGs.")
-        return Scores(f"{_protocol(drawn)} against {_protocol(true)}", self.compare(drawn, true), warnings=warnings)
+        return Scores(_protocol(drawn, true), self.compare(drawn, true), warnings=warnings)
 
 
-def _protocol(of: Moments) -> str:
-    of_what = f"{of.count:,} pictures ({of.made['size']} px, {of.made['format']})"
-    return f"{of_what}, {of.made['resizing']}, {of.made['network']} (weights {of.made['weights'][:12]})"
+def _protocol(*of: Moments) -> str:
+    sets = " against ".join(f"{m.count:,} pictures ({m.made['size']} px, {m.made['format']})" for m in of)
+    made = of[0].made
+    return f"{sets}, {made['resizing']}; {made['network']} (weights {made['weights'][:12]})"
 
 
 def frechet(title: str, drawn: Moments, true: Moments) -> Mapping[str, float]:
@@ -58,13 +59,13 @@ def frechet(title: str, drawn: Moments, true: Moments) -> Mapping[str, float]:
 
 
 def fidelity(kind: Literal["kid", "prc"], drawn: Moments, true: Moments) -> Mapping[str, float]:
-    """torch-fidelity's kernel distance, or precision and recall, under its names."""
+    """torch-fidelity's kernel distance, or precision and recall."""
     compute = getattr(optional_package(f"torch_fidelity.metric_{kind}"), f"{kind}_features_to_metric")
     subset = min(1000, drawn.count, true.count)
-    numbers: dict[str, float] = compute(
+    numbers = compute(
         drawn.features, true.features, kid_subset_size=subset, save_cpu_ram=True, prc_batch_size=1000, verbose=False
     )
-    return numbers
+    return {name.replace("kernel_inception_distance", "KID").replace("_", " "): x for name, x in numbers.items()}
 
 
 def cmmd(drawn: Moments, true: Moments) -> Mapping[str, float]:

@@ -192,16 +192,16 @@ def test_saved_statistics_must_be_of_the_same_making(tmp_path: Path) -> None:
     measure(write_pictures(tmp_path / "a", 4), INCEPTION, Settings()).save(tmp_path / "true")
     saved = Moments.load(tmp_path / "true")
     assert measure(saved, INCEPTION, Settings()) is saved
-    with pytest.raises(UserError, match="hold no features, which this metric needs: give the folder"):
+    with pytest.raises(UserError, match="The statistics lack features: give the folder"):
         measure(saved, INCEPTION, Settings(), keep=True)
-    with pytest.raises(UserError, match="are of another resizing: give the folder"):
+    with pytest.raises(UserError, match="lack the same resizing: give the folder"):
         measure(saved, INCEPTION, Settings(resize=32))
     saved.made |= {"weights": "somebody else's"}
-    with pytest.raises(UserError, match="are of another weights"):
+    with pytest.raises(UserError, match="lack the same weights"):
         measure(saved, INCEPTION, Settings())
     features.NETWORKS["other"] = colours
     try:
-        with pytest.raises(UserError, match="are of another network and weights"):
-            measure(saved, "other", Settings())
+        with pytest.raises(UserError, match="lack the same network and the same weights and features"):
+            measure(saved, "other", Settings(), keep=True)
     finally:
         del features.NETWORKS["other"]

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,6 +29,7 @@ def random_covariance(size: int, generator: torch.Generator, *, rank: int | None
     return root @ root.T / size
 
 
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), count=st.integers(2, 60), batch=st.integers(1, 60), offset=st.sampled_from([0, 1e3]))
 def test_moments_are_numpys_whatever_the_batches(seed: int, count: int, batch: int, offset: float) -> None:
     features = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed)) * torch.arange(1, 6) + offset

@@ -1,6 +1,6 @@
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -53,40 +53,52 @@ def cosines(model: nn.Module, pictures: Sequence[Image.Image], captions: Sequenc
     return np.array(found)
 
 
-def test_clip_score_is_the_mean_of_positive_cosines(tmp_path: Path) -> None:
-    model = write_clip(tmp_path / "clip")
+@pytest.mark.parametrize("sign", [1, -1])
+def test_clip_score_is_the_mean_of_positive_cosines(tmp_path: Path, sign: int) -> None:
+    model = write_clip(tmp_path / "clip", size=224)
+    with torch.no_grad():
+        model.visual_projection.weight *= sign  # which turns every cosine round
+    model.save_pretrained(tmp_path / "clip")
     pictures = write_pictures(tmp_path / "pictures", 5, captions=CAPTIONS)
     scores = METRICS["clip-score"](
         pictures, None, Settings(batch_size=2, weights={"clip-score": str(tmp_path / "clip")})
     )
-    cosine = cosines(model, pictures, CAPTIONS, 32)
-    assert (cosine < 0).any() and (cosine > 0).any()
-    np.testing.assert_allclose(scores.each["clip-score"], 100 * cosine.clip(0), atol=0.1)  # its own resizing is torch's
+    cosine = cosines(model, pictures, CAPTIONS, 224)
+    assert (sign * cosine < 0).all()
+    np.testing.assert_allclose(scores.each["clip-score"], 100 * cosine.clip(0), rtol=1e-4)
     assert scores.numbers == {"clip-score": pytest.approx(np.mean(scores.each["clip-score"]), rel=1e-6)}
     digest = sha256(tmp_path / "clip" / "model.safetensors")[:12]
-    assert scores.protocol == f"5 pictures (40 x 40 px, .png), by the model's processor, clip-score (weights {digest})"
+    assert (
+        scores.protocol
+        == f"5 pictures (40 x 40 px, .png), central square to 224 px, bicubic; clip-score (weights {digest})"
+    )
 
 
 def test_pickscore_is_scaled_by_the_models_own_number(tmp_path: Path) -> None:
-    model = write_clip(tmp_path / "clip")
+    model = write_clip(tmp_path / "clip", size=224)
     nn.init.constant_(model.logit_scale, 2.0)
     model.save_pretrained(tmp_path / "clip")
     pictures = write_pictures(tmp_path / "pictures", 5, captions=CAPTIONS)
     scores = METRICS["pickscore"](pictures, None, Settings(weights={"pickscore": str(tmp_path / "clip")}))
     np.testing.assert_allclose(
-        scores.each["pickscore"], np.exp(2.0) * cosines(model, pictures, CAPTIONS, 32), atol=0.01
+        scores.each["pickscore"], np.exp(2.0) * cosines(model, pictures, CAPTIONS, 224), rtol=1e-4
     )
 
 
-def test_hpsv2_is_openclips_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {
+@pytest.fixture
+def architecture(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of OpenCLIP's ViT-H-14 a small one."""
+    config: dict[str, Any] = {
         "embed_dim": 12,
         "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
     }
-    (tmp_path / "tiny.json").write_text(json.dumps(config))
     monkeypatch.setattr("open_clip.factory._MODEL_CONFIGS", {"ViT-H-14": config})
-    model = seeded(lambda: open_clip.CLIP(**config)).eval()
+    return config
+
+
+def test_hpsv2_is_openclips_cosine(tmp_path: Path, architecture: dict[str, Any]) -> None:
+    model = seeded(lambda: open_clip.CLIP(**architecture)).eval()
     torch.save({"state_dict": model.state_dict(), "epoch": 1}, tmp_path / "hps.pt")
     pictures = write_pictures(tmp_path / "pictures", 5, size=(64, 32), captions=CAPTIONS)
     scores = METRICS["hpsv2"](pictures, None, Settings(batch_size=2, weights={"hpsv2": str(tmp_path / "hps.pt")}))
@@ -99,6 +111,15 @@ def test_hpsv2_is_openclips_cosine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             seen, read = model.encode_image(pixels)[0], model.encode_text(open_clip.SimpleTokenizer()([caption]))[0]
         expected.append(100 * float(seen @ read / seen.norm() / read.norm()))
     np.testing.assert_allclose(scores.each["hpsv2"], expected, atol=1e-3)
+
+
+@pytest.mark.usefixtures("architecture")
+def test_hpsv2_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
+    for name in ("text.pt", "other.pt", "absent.pt"):
+        with pytest.raises(UserError, match=f"{name} does not load as hpsv2"):
+            features.hpsv2("hpsv2", Settings(weights={"hpsv2": str(tmp_path / name)}))
 
 
 def test_cmmd_is_its_papers(tmp_path: Path) -> None:
@@ -135,7 +156,7 @@ def test_kid_of_as_many_pictures_as_a_subset_is_the_unbiased_estimate(tmp_path: 
     others = [[kernel(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j] for z in (x, y)]
     expected = np.mean(others[0]) + np.mean(others[1]) - 2 * np.mean([kernel(a, b) for a in x for b in y])
     scores = METRICS["kid"](drawn, true, Settings())
-    assert scores.numbers["kernel_inception_distance_mean"] == pytest.approx(expected, abs=1e-6)
+    assert scores.numbers["KID mean"] == pytest.approx(expected, abs=1e-6)
     assert "9 pictures: published numbers are of 1,000 or more." in scores.warnings
 
 
@@ -161,7 +182,7 @@ def test_statistics_stand_for_the_pictures_that_they_are_of(tmp_path: Path) -> N
     from_folder = METRICS["fid"](drawn, true, Settings())
     assert METRICS["fid"](drawn, Moments.load(tmp_path / "true"), Settings()) == from_folder
     assert from_folder.numbers["FID"] > 0
-    with pytest.raises(UserError, match="hold no features, which this metric needs"):
+    with pytest.raises(UserError, match="statistics lack features"):
         METRICS["kid"](drawn, Moments.load(tmp_path / "true"), Settings())
 
 
@@ -178,9 +199,8 @@ def test_numbers_that_are_not_comparable_say_why(tmp_path: Path) -> None:
     scaled = METRICS["fid"](large, large, Settings(resize=20))
     assert list(scaled.warnings) == ["9 pictures: published numbers are of 30,000 or more."]
     assert scaled.protocol == (
-        "9 pictures (80 x 80 px, .png), central square to 20 px, bicubic, then not at all, inception-v3-compat "
-        "(weights 0123456789ab) against 9 pictures (80 x 80 px, .png), central square to 20 px, bicubic, then not at "
-        "all, inception-v3-compat (weights 0123456789ab)"
+        "9 pictures (80 x 80 px, .png) against 9 pictures (80 x 80 px, .png), central square to 20 px, bicubic, then "
+        "not at all; inception-v3-compat (weights 0123456789ab)"
     )
 
 
