@@ -3,10 +3,11 @@
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 Score = Callable[["PictureFolder"], "Scores"]
 PATIENCE = 7200.0  # seconds that ranks wait for each other
-PAPER_METRICS, PAPER_PICTURES, PAPER_SIZE, PAPER_STEPS, PAPER_GUIDANCE = ("fid", "clip-score"), 30_000, 256, 30, 5.0
+PAPER: dict[str, Any] = {"metrics": ("fid", "clip-score"), "limit": 30_000, "resize": 256, "guidance": (5.0,)}
 
 
 def emoji(weights: Mapping[str, str], prompts: Path | None) -> "Benchmark":
@@ -84,14 +85,16 @@ class Evaluate(Sampling):
     """Folder for pictures, report.html and results.json."""
 
     def __call__(self) -> None:
-        if self.compare:
-            return self._compare(*self.compare)
         from torch import cuda
 
         from micro_diffusion.evaluation.pictures import PictureFolder
-        from micro_diffusion.evaluation.results import REPORT, Point, write_report
+        from micro_diffusion.evaluation.results import COMPARISON, REPORT, Point, compare, write_report
         from micro_diffusion.runtime.distributed import join
 
+        if self.compare:
+            for name, (first, second, difference) in compare(*self.compare, self.out).items():
+                print(f"{name}: {first}, {second} ({difference})")
+            return print(f"The comparison is {self.out / COMPARISON}")
         asked = self.with_preset()
         prompts, scorers = asked.prepared()
         with join(cuda=self.device in ("auto", "cuda") and cuda.is_available(), timeout=PATIENCE) as world:
@@ -111,26 +114,23 @@ class Evaluate(Sampling):
         print(f"The report is {self.out / REPORT}")
 
     def with_preset(self) -> "Evaluate":
-        """What is asked for, with the preset's settings and the defaults; UserError if that is nothing."""
-        asked = self
-        if self.preset == "paper":
-            asked = replace(
-                self, metrics=self.metrics or PAPER_METRICS, limit=self.limit or PAPER_PICTURES, resize=PAPER_SIZE,
-                steps=PAPER_STEPS, guidance=self.guidance or (PAPER_GUIDANCE,), sampler="heun", guidance_interval=None,
-            )  # fmt: skip
-            if not (self.pictures or self.prompts) or not self.reference:
-                raise UserError("--preset paper needs COCO's captions with --prompts, its pictures with --reference.")
-        if not (asked.benchmark or asked.metrics):
-            raise UserError("There is nothing to measure: name a --benchmark, or --metrics.")
-        if self.pictures and (self.model or self.prompts or self.limit):
-            raise UserError("--pictures are scored as they are: leave out the model, --prompts and --limit.")
-        if not self.pictures and not (self.model and (self.benchmark or self.prompts)):
-            raise UserError("Name a model with a --benchmark or --prompts, or a folder with --pictures.")
-        if self.benchmark not in (None, "geneval") and self.prompts:
-            raise UserError("That --benchmark has its own prompts: leave out --prompts.")
-        if min(asked.steps, asked.batch_size, 1 if asked.limit is None else asked.limit) < 1:
-            raise UserError("--steps, --batch-size and --limit must be at least 1.")
-        return replace(asked, guidance=asked.guidance or (3.0,))
+        """With the preset's settings where none are given; UserError for what cannot be measured, or does nothing."""
+        given = {name: getattr(self, name) or value for name, value in PAPER.items()} if self.preset else {}
+        asked = replace(self, **({"guidance": self.guidance or (3.0,)} | given))
+        asks, own, fixed = asked.benchmark or asked.metrics, self.benchmark or self.prompts, self.pictures
+        least = min(self.steps, self.batch_size, 1 if self.limit is None else self.limit)
+        for wrong, words in (
+            (not asks, "There is nothing to measure: name a --benchmark, or --metrics."),
+            (self.preset and not ((own or fixed) and self.reference), "The preset needs --prompts and --reference."),
+            (fixed and (self.model or self.prompts or self.limit), "--pictures need no model, --prompts or --limit."),
+            (not fixed and not (self.model and own), "Name a model and a --benchmark or --prompts, or --pictures."),
+            (self.benchmark not in (None, "geneval") and self.prompts, "A --benchmark has its own prompts."),
+            (not all("=" in place for place in self.weights), "--weights must be written as NAME=PATH."),
+            (least < 1, "--steps, --batch-size and --limit must be at least 1."),
+        ):
+            if wrong:
+                raise UserError(words)
+        return asked
 
     def prepared(self) -> "tuple[list[Prompt], dict[str, Score]]":
         """What to draw, and by metric what scores a folder; UserError for an unknown name or missing prompts."""
@@ -138,13 +138,8 @@ class Evaluate(Sampling):
         from micro_diffusion.runtime.device import pick_device
         from micro_diffusion.runtime.random import derive_seed
 
-        device, places = pick_device(self.device), dict[str, str]()
-        for place in self.weights:
-            name, equals, path = place.partition("=")
-            if not equals:
-                raise UserError(f"--weights {place}: write it as NAME=PATH.")
-            places[name] = path
-        scorers = dict[str, Score]()
+        device, scorers = pick_device(self.device), dict[str, Score]()
+        places = dict(place.split("=", 1) for place in self.weights)
         if self.benchmark:
             benchmark = choose(BENCHMARKS, self.benchmark, "benchmark")(places, self.prompts)
             scorers[self.benchmark] = lambda folder: benchmark.score(folder, device)
@@ -171,27 +166,18 @@ class Evaluate(Sampling):
         """A folder of pictures for each guidance, by its label."""
         from micro_diffusion.evaluation.generate import Drawing, draw_prompts
 
+        def tell(share: float) -> None:
+            if not world.rank and sys.stderr.isatty():
+                print(f"\r{folder}: {share:.1%} drawn", end="\n" * (share == 1), file=sys.stderr, flush=True)
+
         model, folders = self.load(str(self.model)), dict[str, Path]()
         for guidance in self.guidance:
-            drawing = Drawing(self.steps, guidance, self.guidance_interval, self.sampler)
             folder = folders[f"guidance {guidance:g}"] = self.out / f"guidance-{guidance:g}"
-
-            def tell(share: float, folder: Path = folder) -> None:
-                if not world.rank and sys.stderr.isatty():
-                    print(f"\r{folder}: {share:.1%} drawn", end="\n" * (share == 1), file=sys.stderr, flush=True)
-
             draw_prompts(
-                model, prompts, folder, name=str(self.model), drawing=drawing, batch_size=self.batch_size, world=world,
-                on_batch=tell,
+                model, prompts, folder, name=str(self.model), batch_size=self.batch_size, world=world, on_batch=tell,
+                drawing=Drawing(self.steps, guidance, self.guidance_interval, self.sampler),
             )  # fmt: skip
         return folders
-
-    def _compare(self, first: Path, second: Path) -> None:
-        from micro_diffusion.evaluation.results import COMPARISON, compare
-
-        for name, (a, b) in compare(first, second, self.out).items():
-            print(f"{name}: {a:.4g}, {b:.4g} ({b - a:+.4g})")
-        print(f"The comparison is {self.out / COMPARISON}")
 
 
 def spread(prompts: "Sequence[Prompt]", limit: int | None) -> "list[Prompt]":
@@ -247,20 +233,15 @@ def during_training(
         raise UserError(f"--evaluate {asked}: write it as NAME,PROMPTS, as in emoji,16.")
     benchmark = choose(BENCHMARKS, name, "benchmark")({}, None)
     prompts = spread(benchmark.prompts(), int(count))
-
-    def emptied() -> Path:
-        shutil.rmtree(folder, ignore_errors=True)
-        return folder
-
-    emptied().mkdir(parents=True)
-    (folder / PROMPTS).write_text(prompts_text(prompts))
-    for index in range(len(prompts)):
-        Image.new("RGB", (64, 64), "white").save(folder / file_name(index))
-    benchmark.score(PictureFolder(folder), device)
-    emptied()
+    with tempfile.TemporaryDirectory() as blank:
+        Path(blank, PROMPTS).write_text(prompts_text(prompts))
+        for index in range(len(prompts)):
+            Image.new("RGB", (64, 64), "white").save(Path(blank, file_name(index)))
+        benchmark.score(PictureFolder(Path(blank)), device)
 
     def score(dit: "DiT") -> Mapping[str, float]:
-        draw_prompts(make(dit), prompts, emptied(), name="training", drawing=Drawing(steps=20, guidance=2.0))
+        shutil.rmtree(folder, ignore_errors=True)  # of other weights
+        draw_prompts(make(dit), prompts, folder, name="training", drawing=Drawing(steps=20, guidance=2.0))
         return benchmark.score(PictureFolder(folder), device).numbers
 
     return score

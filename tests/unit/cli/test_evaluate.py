@@ -125,7 +125,7 @@ def test_a_sweep_draws_curves(model: Path, tmp_path: Path) -> None:
     assert list(points["guidance 4"]["scores"]) == ["fid", "clip-score"]  # in the table's order
     assert points["guidance 4"]["scores"]["fid"]["protocol"] == "FID of 2 pictures at 16 px."
     page = (tmp_path / "o" / "report.html").read_text()
-    assert "FID by guidance" in page and "FID against CLIP score" in page and "Some of all" in page
+    assert "FID over guidance" in page and "FID over CLIP score" in page and "Some of all" in page
 
 
 def test_two_evaluations_side_by_side(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +156,7 @@ def test_the_paper_s_protocol_is_a_preset() -> None:
     assert (asked.guidance, asked.sampler) == ((5.0,), "heun")
     small = Evaluate(Path("m"), prompts=Path("c"), reference=Path("t"), preset="paper", limit=9, guidance=(1.5, 3.0))
     assert (small.with_preset().limit, small.with_preset().guidance) == (9, (1.5, 3.0))
-    with pytest.raises(UserError, match="needs COCO's captions"):
+    with pytest.raises(UserError, match="preset needs"):
         Evaluate(Path("m"), prompts=Path("c"), preset="paper").with_preset()
 
 
@@ -167,8 +167,8 @@ def test_the_paper_s_protocol_is_a_preset() -> None:
         ({"metrics": ("fid",)}, "Name a model"),
         ({"model": Path("m"), "metrics": ("fid",)}, "Name a model"),
         ({"benchmark": "brightness"}, "Name a model"),
-        ({"benchmark": "brightness", "model": Path("m"), "prompts": Path("p")}, "leave out --prompts"),
-        ({"metrics": ("fid",), "pictures": Path("p"), "limit": 3}, "scored as they are"),
+        ({"benchmark": "brightness", "model": Path("m"), "prompts": Path("p")}, "has its own prompts"),
+        ({"metrics": ("fid",), "pictures": Path("p"), "limit": 3}, "need no model"),
         ({"benchmark": "brightness", "model": Path("m"), "limit": 0}, "at least 1"),
         ({"benchmark": "brightness", "model": Path("m"), "steps": 0}, "at least 1"),
     ],
