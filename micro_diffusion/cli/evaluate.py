@@ -134,7 +134,7 @@ class Evaluate(Sampling):
 
     def prepared(self) -> "tuple[list[Prompt], dict[str, Score]]":
         """What to draw, and by metric what scores a folder; UserError for an unknown name or missing prompts."""
-        from micro_diffusion.evaluation.pictures import Prompt
+        from micro_diffusion.evaluation.pictures import PictureFolder, Prompt
         from micro_diffusion.runtime.device import pick_device
         from micro_diffusion.runtime.random import derive_seed
 
@@ -148,10 +148,12 @@ class Evaluate(Sampling):
             texts = captions(self.prompts) if self.prompts else []
             prompts = [Prompt(text, index) for index, text in enumerate(texts)]
         if self.metrics:
-            from micro_diffusion.evaluation.metrics import METRICS, Metric, Settings, open_reference
+            from micro_diffusion.evaluation.features import Settings
+            from micro_diffusion.evaluation.frechet import Moments
+            from micro_diffusion.evaluation.metrics import METRICS, Metric
 
-            settings = Settings(device, self.batch_size, places, self.resize)
-            reference = open_reference(self.reference) if self.reference else None
+            settings, true = Settings(device, self.batch_size, places, self.resize), self.reference
+            reference = (PictureFolder(true) if true.is_dir() else Moments.load(true)) if true else None
 
             def by(metric: Metric) -> Score:
                 return lambda folder: metric(folder, reference, settings)

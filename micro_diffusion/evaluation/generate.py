@@ -33,7 +33,7 @@ class Drawing:
 
 def draw_prompts(
     model: LatentDiffusion, prompts: Sequence[Prompt], out: Path, *, name: str, drawing: Drawing, batch_size: int = 16,
-    world: World = ALONE, on_batch: Callable[[float], None] = bool,
+    world: World = ALONE, on_batch: Callable[[float], object] = bool,
 ) -> None:  # fmt: skip
     """A picture a prompt into `out`, but for those that are there, with `PROMPTS` and `GENERATION`; `name` is noted.
 

@@ -49,12 +49,8 @@ def write_report(out: Path, points: Mapping[str, Point]) -> None:
         warned = [f"Not comparable: {warning}" for of in scored for warning in of.warnings]
         said = dict.fromkeys([*(of.protocol for of in scored), *warned])
         sections[name] = table(list(points), rows) + "".join(map(paragraph, said))
-    swept = list[dict[str, float]]()
-    for point in points.values():
-        each = [pair for scores in point.scores.values() for pair in scores.numbers.items()]
-        swept += [{"guidance": point.made["guidance"], **dict(each)}] if "guidance" in point.made else []
-    if len(swept) > 1:
-        sections["Guidance"] = _curves(sorted(swept, key=lambda numbers: numbers["guidance"]))
+    if len(points) > 1:
+        sections["Guidance"] = _curves(list(points.values()))
     for label, point in points.items():
         sections[f"Pictures, {label}"] = _examples(point) + facts(point.made)
     page = html_page(
@@ -64,14 +60,19 @@ def write_report(out: Path, points: Mapping[str, Point]) -> None:
     write_atomic(out / REPORT, page)
 
 
-def _curves(swept: Sequence[Mapping[str, float]]) -> str:
+def _curves(points: Sequence[Point]) -> str:
     """The first number over guidance, and FID over CLIP score where both are there."""
-    body = ""
-    for x, y in (("guidance", list(swept[0])[1]), ("CLIP score", "FID")):
-        if there := [numbers for numbers in swept if x in numbers and y in numbers]:
-            line, marks = [(each[x], each[y]) for each in there], [(each[x], f"{each['guidance']:g}") for each in there]
-            svg = curve_svg({y: line}, title=f"{y} over {x}", x_label=x, y_label=y, marks=marks)
-            body += figure(svg, alt=f"{y} over {x}", caption="Marked by guidance; the same prompts and noise at each.")
+    titles = {"guidance": "guidance"} | {name: next(iter(of.numbers)) for name, of in points[0].scores.items()}
+    swept, body = list[dict[str, float]](), ""
+    for point in sorted(points, key=lambda point: float(point.made["guidance"])):
+        numbers = {name: scores.numbers[titles[name]] for name, scores in point.scores.items()}
+        swept.append({"guidance": point.made["guidance"], **numbers})
+    for x, y in (("guidance", list(titles)[1]), ("clip-score", "fid")):
+        if x in titles and y in titles:
+            line, marks = [(each[x], each[y]) for each in swept], [(each[x], f"{each['guidance']:g}") for each in swept]
+            title, labels = f"{titles[y]} over {titles[x]}", (titles[x], titles[y])
+            svg = curve_svg({labels[1]: line}, title=title, x_label=labels[0], y_label=labels[1], marks=marks)
+            body += figure(svg, alt=title, caption="Marked by guidance; the same prompts and noise at each.")
     return body
 
 

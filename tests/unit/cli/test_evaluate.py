@@ -63,8 +63,9 @@ def _tables(monkeypatch: pytest.MonkeyPatch) -> None:
         return metric
 
     table = {"fid": count("FID"), "clip-score": count("CLIP score")}
-    stand_in = SimpleNamespace(METRICS=table, Metric=Any, open_reference=PictureFolder, Settings=Settings)
-    monkeypatch.setitem(sys.modules, "micro_diffusion.evaluation.metrics", stand_in)
+    for module in ("features", "frechet", "metrics"):
+        stand_in = SimpleNamespace(METRICS=table, Metric=Any, Moments=None, Settings=Settings)
+        monkeypatch.setitem(sys.modules, f"micro_diffusion.evaluation.{module}", stand_in)
     monkeypatch.setitem(evaluate.BENCHMARKS, "brightness", lambda weights, prompts: Brightness())
     monkeypatch.setitem(evaluate.BENCHMARKS, "lacking", lambda weights, prompts: Lacking())
 
