@@ -125,7 +125,7 @@ def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:
 
             yield vary(pictures[rows], mirror[rows], Judge.SIZE), loss_of
 
-    judge = Judge(concepts, styles).to(args.device, memory_format=torch.channels_last)
+    judge = Judge(concepts, styles).to(args.device).to(memory_format=torch.channels_last)
     if args.start:
         own, weights = judge.state_dict(), load_file(args.start)
         judge.load_state_dict({k: v for k, v in weights.items() if v.shape == own[k].shape}, strict=False)
@@ -216,7 +216,7 @@ def make_detector(args: argparse.Namespace) -> Detector:
         (spoil(pictures.to(args.device).float() / 255), partial(detector_loss, truth=truth.to(args.device)))
         for pictures, truth in loader
     )
-    detector = Detector(CONCEPTS, ["own", *COLOURS]).to(args.device, memory_format=torch.channels_last)
+    detector = Detector(CONCEPTS, ["own", *COLOURS]).to(args.device).to(memory_format=torch.channels_last)
     fit(detector, batches, args)
     return detector
 
