@@ -5,7 +5,7 @@ Prompts, thresholds and logic follow the authors' create_prompts.py and evaluate
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,16 +120,15 @@ def geneval_prompts(seed: int = 43) -> list[Truth]:
     for task in [TASKS[0]] * len(OBJECTS) + [task for task in TASKS[1:] for _ in range(100)]:
         size, coloured, count = None if task in ("counting", "colors") else 2, "color" in task, 1
         names = [singles.pop(0)] if singles else draw(OBJECTS[coloured:], size)  # no person has a colour
-        colours, link = draw(COLOURS, size) if coloured else [], "and"
+        colours = draw(COLOURS, size) if coloured else []
         words = [f"{colour} {name}" for colour, name in zip(colours, names, strict=False)] or names
-        if task == "position":
-            link = draw(RELATIONS)[0]
+        link = draw(RELATIONS)[0] if task == "position" else "and"
         text = f" {link} ".join(f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in words)
         if task == "counting":
             count = int(rng.integers(2, 5))
             text = f"{('two', 'three', 'four')[count - 2]} {names[0]}{'es' if names[0].endswith('s') else 's'}"
-        include: list[dict[str, Any]] = [{"class": name, "count": count} for name in names]
-        include = [clause | {"color": colour} for clause, colour in zip(include, colours, strict=False)] or include
+        extras = [{"color": colour} for colour in colours] or [{}, {}]
+        include = [{"class": name, "count": count} | extra for name, extra in zip(names, extras, strict=False)]
         if task == "position":
             include = [include[1], include[0] | {"position": [link, 0]}]
         exclude = [{"class": names[0], "count": count + 1}] if task == "counting" else []
@@ -187,8 +186,8 @@ class GenEval:
         if sorted(truth["prompt"] for truth in truths) != sorted(truth["prompt"] for truth in geneval_prompts() * 4):
             warnings.append("Not comparable with GenEval: these are not its 553 prompts, each drawn four times.")
         protocol = f"{len(truths)} pictures; objects by {eye}, colours by {clip}, thresholds of GenEval's authors"
-        right, notes = [float(each.correct) for each in verdicts], [each.reason for each in verdicts]
-        return Scores(protocol, task_scores(truths, verdicts), {"GenEval": right}, warnings, notes)
+        each = {"GenEval": [float(one.correct) for one in verdicts]}
+        return Scores(protocol, task_scores(truths, verdicts), each, warnings, [one.reason for one in verdicts])
 
 
 def mask2former(place: str, device: torch.device) -> tuple[Detect, str, bool]:
@@ -250,18 +249,14 @@ def clip_colours(place: str, device: torch.device) -> tuple[Callable[[Image.Imag
         raise UserError(f"The CLIP in {folder} does not load ({pretrained.first_line(error)}).") from error
     model.eval()
 
-    @cache
-    def classifier(label: str) -> Tensor:
-        texts = [template.format(colour, label) for colour in COLOURS for template in TEMPLATES]
-        words = model.encode_text(tokenizer(texts).to(device), normalize=True)
-        return normalize(words.unflatten(0, (len(COLOURS), -1)).mean(1), dim=-1)
-
     @torch.inference_mode()
     def colour_of(picture: Image.Image, thing: Detection) -> str:
         if thing.mask:
             picture = Image.composite(picture, Image.new("RGB", picture.size, "#999"), thing.mask)
         seen = model.encode_image(prepare(picture.crop(thing.box))[None].to(device))[0]
-        return COLOURS[int((classifier(thing.label) @ seen).argmax())]
+        texts = [template.format(colour, thing.label) for colour in COLOURS for template in TEMPLATES]
+        words = model.encode_text(tokenizer(texts).to(device), normalize=True).unflatten(0, (len(COLOURS), -1))
+        return COLOURS[int((normalize(words.mean(1), dim=-1) @ seen).argmax())]
 
     usual = (vision.get("width"), vision.get("layers"), vision.get("patch_size")) == (1024, 24, 14)
     return colour_of, f"CLIP ({place}, {pretrained.weights_sha256(files)[:12]})", usual
