@@ -1,6 +1,5 @@
 """`micro-diffusion evaluate`: pictures of a benchmark's prompts or your own, scored by metrics, with a report."""
 
-import json
 import shutil
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from micro_diffusion.cli.generate import Sampling
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.runtime.parse import choose
+from micro_diffusion.runtime.parse import choose, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -202,7 +201,7 @@ def captions(path: Path) -> list[str]:
     elif not path.is_file():
         raise UserError(f"There is no file of prompts {path}.")
     elif path.suffix == ".json":
-        rows = json.loads(path.read_text(encoding="utf-8"))["annotations"]
+        rows = read_json(path.read_text(encoding="utf-8"), str(path)).get("annotations", [])
         texts = list({row["image_id"]: row["caption"] for row in reversed(rows)}.values())
     elif path.suffix in READERS:
         columns, rows = READERS[path.suffix](path)

@@ -41,7 +41,7 @@ def draw_prompts(
     that the pictures are the same to the last bit; another batch size changes their rounding. `on_batch` is told what
     part of the work is done. UserError, with nothing drawn, where `out` holds pictures of something else.
     """
-    made: dict[str, Any] = json.loads(json.dumps(_description(model, drawing) | {"model": name}))
+    made: dict[str, Any] = json.loads(json.dumps({"model": name} | _description(model, drawing)))
     _check(out, made, prompts)
     files = [out / file_name(index) for index in range(len(prompts))]
     parts = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]

@@ -223,6 +223,10 @@ def test_captions_come_from_every_kind_of_file(tmp_path: Path) -> None:
     assert sorted(captions(tmp_path / "a.json")) == ["a cat", "a dog"]
     with pytest.raises(UserError, match="no latent store"):
         captions(tmp_path)
+    for text, words in (("{}", "has no captions"), ("[]", "must be a table"), ("{", "not valid JSON")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            captions(tmp_path / "a.json")
 
 
 def test_a_limit_is_spread_over_all_prompts() -> None:
