@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 LARGEST, NAME = 12, 90  # kernels that are listed by name, and letters of it
+COLUMNS = (
+    "gemm", "attention", "gather/scatter", "optimizer + clip", "reductions", "pointwise", "copies", "other"
+)  # fmt: skip
 KINDS: tuple[tuple[str, str], ...] = (
     ("optimizer + clip", r"multi_tensor_apply|lpnorm|fused_?adam|_foreach_"),
     # what inductor makes is named after all that it fused: here its form decides first
@@ -47,15 +50,21 @@ def breakdown(step: Callable[[], object], *, steps: int, gpu: bool) -> dict[str,
             step()
         if gpu:
             torch.cuda.synchronize()
+    rows = profiler.key_averages()
+    if gpu:
+        kernels = [row for row in rows if row.device_type == DeviceType.CUDA and not row.is_user_annotation]
+        return summary(((row.key, row.self_device_time_total, row.count) for row in kernels), steps=steps)
+    operators = [row for row in rows if row.key.startswith("aten::")]
+    return summary(((row.key, row.self_cpu_time_total, row.count) for row in operators), steps=steps)
+
+
+def summary(kernels: Iterable[tuple[str, float, int]], *, steps: int) -> dict[str, Any]:
+    """What `breakdown` tells, from names, microseconds and launches over all steps."""
     times, counts = Counter[str](), Counter[str]()
-    for row in profiler.key_averages():
-        if gpu and (row.device_type != DeviceType.CUDA or row.is_user_annotation):
-            continue
-        if not gpu and not row.key.startswith("aten::"):
-            continue
-        times[row.key] += (row.self_device_time_total if gpu else row.self_cpu_time_total) / steps / 1e3
-        counts[row.key] += row.count
-    kinds = dict.fromkeys([*(kind for kind, _ in KINDS), "other"], 0.0)
+    for name, microseconds, launches in kernels:
+        times[name] += microseconds / steps / 1e3  # type: ignore[assignment]
+        counts[name] += launches
+    kinds = dict.fromkeys(COLUMNS, 0.0)
     for name, milliseconds in times.items():
         kinds[kind_of(name)] += milliseconds
     return {

@@ -14,10 +14,11 @@ import contextlib
 import json
 import statistics
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.step import PIXELS, machine
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.data.store import Store
-from micro_diffusion.diffusion.objectives import EDM
+from micro_diffusion.diffusion.objectives import EDM, Prediction
 from micro_diffusion.kernels.launch import plain
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.presets import PRESETS
@@ -37,77 +38,96 @@ from micro_diffusion.training.loop import train
 
 TEXT_LENGTH, TEXT_WIDTH = 77, 1024
 WINDOW = 20  # steps over which losses are averaged before they are compared
-Found = dict[str, list[Tensor]]
+
+
+class Batch(NamedTuple):
+    """Random inputs of a training step."""
+
+    latents: Tensor
+    noise: Tensor
+    text: Tensor
+    normal: Tensor
+    mask_noise: Tensor
 
 
 class Errors:
-    """Of several paths against float32, on the same random batches; root mean square over the batches."""
+    """Of several paths against float32, on the same random batches."""
 
-    def __init__(self, preset: str, *, pixels: int, mask_ratio: float, images: int, device: torch.device) -> None:
+    def __init__(self, preset: str, *, pixels: int, mask_ratio: float, device: torch.device) -> None:
         torch.manual_seed(0)
         self.device, self.mask_ratio, size = device, mask_ratio, pixels // PIXELS
-        config = PRESETS[preset](
+        self.config = PRESETS[preset](
             input_size=size, pos_interp_scale=size / 32, caption_channels=TEXT_WIDTH, text_mask="none"
         )
         with device:
-            self.dit = DiT(config)
-            shape = images, config.in_channels, *config.latent_size
-            self.latents, self.noise = torch.randn(2, *shape)
-            self.text = torch.randn(images, TEXT_LENGTH, TEXT_WIDTH)
-            self.normal, self.mask_noise = torch.randn(images), torch.rand(images, self.dit.num_patches)
+            self.dit = DiT(self.config)
         for parameter in self.dit.parameters():
             if not parameter.any():  # so that every block counts
                 nn.init.normal_(parameter, std=0.02)
 
-    def outputs(self, network: DiT, precision: str) -> Found:
+    def batch(self, images: int) -> Batch:
+        """The next random batch."""
+        shape = images, self.config.in_channels, *self.config.latent_size
+        with self.device:
+            latents, noise, text = torch.randn(shape), torch.randn(shape), torch.randn(images, TEXT_LENGTH, TEXT_WIDTH)
+            return Batch(latents, noise, text, torch.randn(images), torch.rand(images, self.dit.num_patches))
+
+    def outputs(self, network: DiT, batch: Batch, precision: str) -> dict[str, list[Tensor]]:
         """The network's answer, the loss of each image, all gradients."""
         objective, answers = EDM(), list[Tensor]()
         shown = conditioned(
-            network, self.text, precision=precision, mask_ratio=self.mask_ratio, mask_noise=self.mask_noise
+            network, batch.text, precision=precision, mask_ratio=self.mask_ratio, mask_noise=batch.mask_noise
         )
 
-        def watched(x: Tensor, label: Tensor) -> Any:
+        def watched(x: Tensor, label: Tensor) -> Prediction:
             prediction = shown(x, label)
             answers.append(prediction.sample.detach().float())
             return prediction
 
-        level, patch = objective.noise_level(self.normal), self.dit.config.patch_size
-        losses = objective.loss(watched, self.latents, level, self.noise, patch_size=patch)
+        level = objective.noise_level(batch.normal)
+        losses = objective.loss(watched, batch.latents, level, batch.noise, patch_size=self.config.patch_size)
         losses.mean.backward()
         gradients = [cast(Tensor, parameter.grad) for parameter in self.dit.parameters()]
         self.dit.zero_grad(set_to_none=True)
         return {"forward": answers, "loss": [losses.per_image.detach()], "gradients": gradients}
 
-    def measure(self, paths: Sequence[str]) -> dict[str, dict[str, float]]:
-        """Relative errors by path and quantity."""
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        with plain():
-            exact = self.outputs(self.dit, "float32")
-        torch.set_float32_matmul_precision(before)
-        found = {}
-        for path in paths:
-            torch.compiler.reset()
-            network = cast(DiT, torch.compile(self.dit, dynamic=False)) if "compiled" in path else self.dit
-            with plain() if path.startswith("plain") else contextlib.nullcontext():
-                outputs = self.outputs(network, "bf16")
-            found[path] = {kind: error(outputs[kind], exact[kind]) for kind in exact}
-        return found
+    def measure(self, paths: Sequence[str], *, images: int, batches: int) -> dict[str, dict[str, float]]:
+        """Relative errors by path and quantity: the norm of the difference over the norm, all batches together."""
+        torch.compiler.reset()
+        networks = {
+            path: cast(DiT, torch.compile(self.dit, dynamic=False)) if "compiled" in path else self.dit
+            for path in paths
+        }
+        off: dict[str, Counter[str]] = {path: Counter() for path in paths}
+        whole, before = Counter[str](), torch.get_float32_matmul_precision()
+        for _ in range(batches):
+            batch = self.batch(images)
+            torch.set_float32_matmul_precision("highest")
+            with plain():
+                exact = self.outputs(self.dit, batch, "float32")
+            torch.set_float32_matmul_precision(before)
+            for kind, tensors in exact.items():
+                whole[kind] += squares(tensors)
+            for path, network in networks.items():
+                with plain() if path.startswith("plain") else contextlib.nullcontext():
+                    found = self.outputs(network, batch, "bf16")
+                for kind, tensors in found.items():
+                    off[path][kind] += squares([a.float() - b for a, b in zip(tensors, exact[kind], strict=True)])
+        return {path: {kind: (off[path][kind] / whole[kind]) ** 0.5 for kind in whole} for path in paths}
 
 
-def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Norm of the difference over the norm, of all tensors together."""
-    off = sum((a.float() - b).square().sum().double() for a, b in zip(found, exact, strict=True))
-    return float((off / sum(b.square().sum().double() for b in exact)) ** 0.5)  # type: ignore[operator]
+def squares(tensors: Sequence[Tensor]) -> Any:
+    """Sum of the squares of all numbers."""
+    return sum(tensor.square().sum().item() for tensor in tensors)
 
 
 def compare_errors(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """A row for each model and mask ratio: errors, and their ratios to the plain path's."""
     rows = []
     for preset in args.model:
-        for mask_ratio in (0.75, 0.0):
-            errors = Errors(preset, pixels=args.pixels, mask_ratio=mask_ratio, images=args.images, device=device)
-            found = errors.measure(args.paths)
+        for mask_ratio in args.masks:
+            errors = Errors(preset, pixels=args.pixels, mask_ratio=mask_ratio, device=device)
+            found = errors.measure(args.paths, images=args.images, batches=args.batches)
             ratios = {
                 path: {kind: value / found["plain"][kind] for kind, value in values.items()}
                 for path, values in found.items()
@@ -174,8 +194,10 @@ def main() -> None:
     parser.add_argument(
         "--model", nargs="+", default=["MicroDiT_Small_2", "MicroDiT_XL_2"] if gpu else toy, choices=PRESETS
     )
+    parser.add_argument("--masks", type=float, nargs="+", default=[0.75])
     parser.add_argument("--pixels", type=int, default=256 if gpu else 128)
     parser.add_argument("--images", type=int, default=16 if gpu else 4, help="of a batch whose errors are measured")
+    parser.add_argument("--batches", type=int, default=8 if gpu else 2)
     parser.add_argument("--paths", nargs="+", default=["plain", "fast", "fast, compiled"] if gpu else ["plain", "fast"])
     parser.add_argument("--train-model", default="MicroDiT_Small_2" if gpu else toy[0], choices=PRESETS)
     parser.add_argument("--train-mask", type=float, default=0.75 if gpu else 0.5)
@@ -188,8 +210,8 @@ def main() -> None:
         return
     device = pick_device(args.device)
     same = None if device.type == "cuda" else "no GPU here: both paths are the plain one"
-    result: dict[str, Any] = {"machine": machine(args.device), "note": same, "images": args.images}
-    result["pixels"] = args.pixels
+    result: dict[str, Any] = {"machine": machine(args.device), "note": same}
+    result |= {"pixels": args.pixels, "images": args.images, "batches": args.batches}
     for part in args.parts:
         result[part] = (compare_errors if part == "errors" else compare_training)(args, device)
         args.out.write_text(json.dumps(result, indent=2) + "\n")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
-Row = Mapping[str, str]
+Row = dict[str, str]
 """A table's row: text by column. Tables have the columns of all their rows, but for those that are empty."""
 
 
@@ -89,7 +89,7 @@ def numerics(data: Any) -> list[list[Row]]:
     """Errors against float32 with their ratios to the plain path's; then the last losses of training."""
     errors = [
         {"model": row["preset"], "mask ratio": f"{row['mask_ratio']:g}", "path": path}
-        | {kind: f"{value:.2g} ({row['ratios'][path][kind]:.2f})" for kind, value in values.items()}
+        | {f"{kind} (of plain's)": f"{value:.2g} ({row['ratios'][path][kind]:.2f})" for kind, value in values.items()}
         for row in data.get("errors", [])
         for path, values in row["errors"].items()
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.breakdown import breakdown, kind_of
+from benchmarks.breakdown import breakdown, kind_of, summary
 from scripts import results
 
 
@@ -99,7 +99,18 @@ def test_kinds_of_kernels(kernel: str, kind: str) -> None:
     assert kind_of(kernel) == kind
 
 
-def test_a_profile_counts_every_kernel_once() -> None:
+def test_a_profile_is_summed_by_kind_and_step() -> None:
+    kernels = [("nvjet_a", 3000.0, 4), ("nvjet_a", 1000.0, 2), ("_sum_kernel", 500.0, 2), ("strange", 100.0, 2)]
+    found = summary(kernels, steps=2)
+    assert found["launches"] == 5 and found["kernel_ms"] == pytest.approx(2.3)
+    assert {kind: ms for kind, ms in found["kinds_ms"].items() if ms} == {
+        "gemm": 2.0, "gather/scatter": 0.25, "other": 0.05
+    }  # fmt: skip
+    assert found["largest"][0] == {"kernel": "nvjet_a", "kind": "gemm", "launches": 3.0, "ms": 2.0}
+
+
+@pytest.mark.slow
+def test_a_profile_counts_every_operator_once() -> None:
     x = torch.randn(8, 8)
     found = breakdown(lambda: (x @ x).softmax(dim=0).sum(), steps=3, gpu=False)
     kinds = found["kinds_ms"]
