@@ -2,7 +2,8 @@
 
     python scripts/results.py                                   rewrite the tables
     python scripts/results.py --check                           tell whether they are out of step
-    python scripts/results.py --add step.json step-h100.json    take in a new measurement under that name, and rewrite
+    python scripts/results.py --add step.json step-h100.json    take in a new measurement under that name, and rewrite;
+                                                                several files are parts of one
 
 A table stands between `<!-- table: step-h100.json -->` and `<!-- end -->`. The newest measurement has that name; those
 before it stay beside it as step-h100.COMMIT.json, and their rows follow, each with its commit.
@@ -11,7 +12,6 @@ before it stay beside it as step-h100.COMMIT.json, and their rows follow, each w
 import argparse
 import json
 import re
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -232,11 +232,25 @@ def rendered(page: str, results: Path = RESULTS) -> str:
     return MARKED.sub(lambda mark: f"<!-- table: {mark[1]} -->\n\n{tables(results / mark[1])}\n<!-- end -->", page)
 
 
-def add(new: Path, name: str, results: Path = RESULTS) -> None:
+def joined(files: Sequence[Path]) -> str:
+    """The text of one file, or of the parts of one measurement put together: lists are chained."""
+    if len(files) == 1:
+        return files[0].read_text()
+    parts = [read(path) for path in files]
+    if len({(part.told("device"), part.told("torch"), part.told("commit")) for part in parts}) > 1:
+        raise SystemExit("parts of one measurement need the same device, torch and commit")
+    whole: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.data.items():
+            whole[key] = whole.get(key, []) + value if isinstance(value, list) else whole.get(key, value)
+    return json.dumps(whole, indent=2) + "\n"
+
+
+def add(files: Sequence[Path], name: str, results: Path = RESULTS) -> None:
     """Take in a measurement; the one that had the name gets its commit, or else its day, into it."""
     if name.split("-")[0] not in TABLES:
         raise SystemExit(f"{name!r} is none of {', '.join(TABLES)}, a hyphen and a machine: there is no table for it")
-    path = results / name
+    path, text = results / name, joined(files)
     if path.exists():
         old = read(path)
         label = old.told("commit") or old.told("date") or "before"
@@ -244,16 +258,17 @@ def add(new: Path, name: str, results: Path = RESULTS) -> None:
         if kept.exists():
             raise SystemExit(f"{kept} is there already: give it another name first")
         path.rename(kept)
-    shutil.copyfile(new, path)
+    path.write_text(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
-    parser.add_argument("--add", nargs=2, metavar=("FILE", "NAME"))
+    parser.add_argument("--add", nargs="+", metavar="FILE", help="one or several parts, and the name last")
     asked = parser.parse_args()
     if asked.add:
-        add(Path(asked.add[0]), asked.add[1])
+        *files, name = asked.add
+        add([Path(file) for file in files] or parser.error("--add takes a file and a name"), name)
     page = PAGE.read_text()
     new = rendered(page)
     if asked.check:

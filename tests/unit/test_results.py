@@ -35,7 +35,7 @@ def step_file(commit: str, speed: float, *, profile: bool) -> str:
 def test_a_new_measurement_stands_above_the_ones_before_it(tmp_path: Path) -> None:
     for commit, speed in (("aaa1111", 1100.0), ("bbb2222", 1250.0)):
         (tmp_path / "new.json").write_text(step_file(commit, speed, profile=commit == "bbb2222"))
-        results.add(tmp_path / "new.json", "step-gpu.json", tmp_path)
+        results.add([tmp_path / "new.json"], "step-gpu.json", tmp_path)
     assert (tmp_path / "step-gpu.aaa1111.json").exists()
     page = results.rendered("before\n<!-- table: step-gpu.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
     lines = page.splitlines()
@@ -50,6 +50,19 @@ def test_a_new_measurement_stands_above_the_ones_before_it(tmp_path: Path) -> No
     ]
 
 
+def test_parts_of_a_measurement_are_put_together(tmp_path: Path) -> None:
+    parts = [tmp_path / "a.json", tmp_path / "b.json"]
+    for part, speed in zip(parts, (1100.0, 1250.0), strict=True):
+        part.write_text(step_file("aaa1111", speed, profile=False))
+    results.add(parts, "step-gpu.json", tmp_path)
+    speeds = [row["images_per_second"] for row in json.loads((tmp_path / "step-gpu.json").read_text())["rows"]]
+    assert speeds == [1100.0, 1000.0, 1250.0, 1000.0]
+    parts[1].write_text(step_file("bbb2222", 1.0, profile=False))
+    with pytest.raises(SystemExit, match="same device, torch and commit"):
+        results.add(parts, "step-gpu.json", tmp_path)
+    assert [path.name for path in tmp_path.glob("step-gpu*")] == ["step-gpu.json"]
+
+
 def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="<!-- end -->"):
         results.rendered("<!-- table: step-gpu.json -->\n| a |\n", tmp_path)
@@ -58,7 +71,7 @@ def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
 def test_a_measurement_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / "new.json").write_text("{}")
     with pytest.raises(SystemExit, match="there is no table for it"):
-        results.add(tmp_path / "new.json", "speed-gpu.json", tmp_path)
+        results.add([tmp_path / "new.json"], "speed-gpu.json", tmp_path)
     assert not (tmp_path / "speed-gpu.json").exists()
 
 
