@@ -13,7 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ from micro_diffusion.data.sources.emoji_scenes import COLOURS, CONCEPTS, compose
 from micro_diffusion.evaluation.geneval import task_scores, verdict
 from micro_diffusion.evaluation.judges import STRIDE, Cells, Detector, Judge, Opinion
 from micro_diffusion.evaluation.scenes import ScenesBenchmark, find
+from micro_diffusion.models.autoencoders import load_autoencoder
 
 SOURCE = 128  # pixels of the drawings that are varied
 REPORT = 20  # seconds
+
+cached_autoencoder = cache(load_autoencoder)
 
 
 def load_drawings(*, split: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str], list[str]]:
@@ -86,6 +89,15 @@ def open_drawing(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
+def rebuilt(pictures: Tensor, share: float) -> Tensor:
+    """A share of all batches as the embedded autoencoder gives them back, as it does a generator's pictures."""
+    if torch.rand(()) >= share:
+        return pictures
+    with torch.no_grad():
+        autoencoder = cached_autoencoder(device=pictures.device)
+        return autoencoder.decode(autoencoder.encode(pictures * 2 - 1)[0]).float()
+
+
 Batch = tuple[Tensor, Callable[[Any], Tensor]]  # pictures, and the loss of what the network says of them
 
 
@@ -123,7 +135,7 @@ def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:
                 loss = F.cross_entropy(said.concept.float(), concept[rows], label_smoothing=0.1)
                 return loss + F.cross_entropy(said.style.float(), style[rows], label_smoothing=0.05)
 
-            yield vary(pictures[rows], mirror[rows], Judge.SIZE), loss_of
+            yield rebuilt(vary(pictures[rows], mirror[rows], Judge.SIZE), args.rebuilt), loss_of
 
     judge = Judge(concepts, styles).to(args.device).to(memory_format=torch.channels_last)
     if args.start:
@@ -213,7 +225,10 @@ def detector_loss(said: Cells, truth: Tensor) -> Tensor:
 def make_detector(args: argparse.Namespace) -> Detector:
     loader = DataLoader(Scenes(7_000_000), args.batch, num_workers=args.workers, prefetch_factor=8)
     batches = (
-        (spoil(pictures.to(args.device).float() / 255), partial(detector_loss, truth=truth.to(args.device)))
+        (
+            rebuilt(spoil(pictures.to(args.device).float() / 255), args.rebuilt),
+            partial(detector_loss, truth=truth.to(args.device)),
+        )
         for pictures, truth in loader
     )
     detector = Detector(CONCEPTS, ["own", *COLOURS]).to(args.device).to(memory_format=torch.channels_last)
@@ -225,8 +240,8 @@ def make_detector(args: argparse.Namespace) -> Detector:
 def check_detector(detector: Detector, *, per_task: int = 300) -> dict[str, object]:
     """Shares right on true scenes of held-out compositions, by task."""
     benchmark = ScenesBenchmark(per_task=per_task, seed=1)
-    truths = [scene.truth for scene in benchmark.scenes]
-    found = find(detector, list(map(benchmark.true_picture, range(len(truths)))))
+    truths = [prompt.truth for prompt in benchmark.prompts()]
+    found = find(detector, list(map(benchmark.true_picture, truths)))
     return dict(task_scores(truths, list(map(verdict, truths, found))))
 
 
@@ -239,6 +254,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rebuilt", type=float, default=0.5, help="share of batches that the autoencoder gives back")
     parser.add_argument("--start", type=Path, help="weights of the same network to go on from")
     args = parser.parse_args()
     torch.manual_seed(0)

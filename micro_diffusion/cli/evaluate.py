@@ -105,8 +105,9 @@ class Evaluate(Sampling):
             pictures = PictureFolder(folder)
             points[label] = Point(pictures, {name: score(pictures) for name, score in scorers.items()})
             for name, scores in points[label].scores.items():
+                print(f"{label}, {name} ({scores.protocol}):")
                 for number, value in scores.numbers.items():
-                    print(f"{label}, {name}: {number} {value:.4g} ({scores.protocol})")
+                    print(f"  {value:<10.4g} {number}")
                 for warning in scores.warnings:
                     print(f"{label}, {name}: not comparable: {warning}", file=sys.stderr)
         write_report(self.out, points)

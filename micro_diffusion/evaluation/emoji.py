@@ -49,16 +49,15 @@ class EmojiBenchmark:
             for index, row in enumerate(asked)
         ]  # fmt: skip
 
-    def true_picture(self, index: int) -> Image.Image:
-        """The drawing that the prompt of that index asks for."""
-        count = len(self.rows)
-        return _open(self.rows[index if index < count else (index - count) % REPEATED])
+    def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
+        """The drawing that a prompt asks for."""
+        return _open(next(row for row in self.rows if all(row[name] == truth[name] for name in ("concept", "style"))))
 
     def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
         """Shares right by kind and judge, distances to the true pictures in the judge's features, and memorisation."""
         prompts = pictures.prompts or []
         truths = [prompt.truth for prompt in prompts]
-        true = [self.true_picture(index) for index in range(len(truths))]
+        true = [self.true_picture(truth) for truth in truths]
         numbers: dict[str, float] = {}
         for name, mark in (("judge", ""), ("second", " (second judge)")):
             judge = cast(Judge, load_network(name)).to(device)

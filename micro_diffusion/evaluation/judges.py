@@ -57,7 +57,8 @@ class Judge(nn.Module):
             _layer(3, 16, 4, stride=2), _layer(16, 32, stride=2), _layer(32, 48, stride=2),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         )  # fmt: skip
-        self.concept, self.style = nn.Linear(128, len(concepts)), nn.Linear(128 + 48, len(styles))
+        self.concept = nn.Linear(128, len(concepts))
+        self.style = nn.Sequential(nn.Linear(128 + 48, 128), nn.SiLU(), nn.Linear(128, len(styles)))
 
     def forward(self, pictures: Float[Tensor, "b 3 height width"]) -> Opinion:
         """Takes pictures in [0, 1] of any size."""
@@ -110,7 +111,7 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
 
     file = folder / f"{name}.safetensors"
     if not file.is_file():
-        raise UserError(f"The {name} is missing ({file}); install the package again.")
+        raise UserError(f"The {name} is not in this package ({file}): scripts/train_judges.py trains it.")
     with safe_open(file, "pt") as content:
         names = json.loads(content.metadata()["names"])
         network: nn.Module = NETWORKS[name](*names.values())

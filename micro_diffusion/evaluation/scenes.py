@@ -1,9 +1,9 @@
 """The scene benchmark: GenEval's six tasks, with its logic, on held-out compositions of emoji and with exact truth."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,13 +39,13 @@ class ScenesBenchmark:
     def prompts(self) -> list[Prompt]:
         """The scenes' words; the truth is in the form of GenEval's metadata."""
         return [
-            Prompt(scene.words, derive_seed(self.seed, "scene prompt", index), scene.truth)
+            Prompt(scene.words, derive_seed(self.seed, "scene prompt", index), scene.truth | {"scene": index})
             for index, scene in enumerate(self.scenes)
         ]
 
-    def true_picture(self, index: int) -> Image.Image:
-        """A scene as the prompt of that index asks for, composed."""
-        return compose(self.scenes[index])[0]
+    def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
+        """A scene that a prompt asks for, composed."""
+        return compose(self.scenes[truth["scene"]])[0]
 
     def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
         """Shares of pictures right, by task, and beside them those of true pictures: what the detector lets through."""
@@ -53,7 +53,7 @@ class ScenesBenchmark:
         detector = cast(Detector, load_network("detector")).to(device)
         batches = pictures.batches(BLOCK)
         drawn = [verdict(t, f) for t, f in zip(truths, (f for b in batches for f in find(detector, b)), strict=True)]
-        true = [self.true_picture(index) for index in range(len(truths))]
+        true = [self.true_picture(truth) for truth in truths]
         ceiling = task_scores(truths, list(map(verdict, truths, find(detector, true))))
         numbers = task_scores(truths, drawn)
         numbers |= {f"{task}, true pictures": share for task, share in ceiling.items()}

@@ -44,7 +44,7 @@ def test_saved_and_loaded_it_says_the_same(tmp_path):
 
 
 def test_a_network_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="detector is missing"):
+    with pytest.raises(UserError, match="detector is not in this package"):
         load_network("detector", tmp_path)
 
 

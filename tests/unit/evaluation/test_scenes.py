@@ -62,7 +62,7 @@ def test_objects_are_read_from_the_cells():
 
 @pytest.fixture
 def drawn(tmp_path):
-    prompts = ScenesBenchmark(per_task=2).prompts()
+    prompts = ScenesBenchmark(per_task=4).prompts()[1::2]  # as --limit takes them
     (tmp_path / "prompts.jsonl").write_text(prompts_text(prompts))
     for index in range(len(prompts)):
         Image.new("RGB", (128, 128)).save(tmp_path / f"{index:06d}.png")
@@ -70,13 +70,13 @@ def drawn(tmp_path):
 
 
 def test_scores_with_their_ceiling(drawn, monkeypatch):
-    benchmark = ScenesBenchmark(per_task=2)
-    true = [compose(scene)[1] for scene in benchmark.scenes]
+    benchmark = ScenesBenchmark(per_task=4)
+    true = [compose(scene)[1] for scene in benchmark.scenes[1::2]]
     wrong = [objects[1:] for objects in true]  # an object is missing from every picture, but from the true ones
     monkeypatch.setattr(module, "load_network", lambda name: Seer([*wrong, *true]))
     monkeypatch.setattr(module, "sha256", lambda file: "0" * 64)
     scores = benchmark.score(drawn, torch.device("cpu"))
-    assert all(scores.numbers[task] == 0 for task in (*TASKS, "overall"))
-    assert all(scores.numbers[f"{task}, true pictures"] == 1 for task in (*TASKS, "overall"))
+    assert all(scores.numbers[task] == 0 for task in (*TASKS[1::2], "overall"))
+    assert all(scores.numbers[f"{task}, true pictures"] == 1 for task in (*TASKS[1::2], "overall"))
     assert len(scores.each["right"]) == len(scores.notes) == 12 and all(scores.notes)
     assert isinstance(drawn.prompts[0], Prompt) and "12 prompts" in scores.protocol
