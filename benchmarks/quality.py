@@ -214,8 +214,8 @@ def summary(row: dict[str, Any]) -> str:
 def append(file: Path, row: dict[str, Any]) -> None:
     """One whole line at once: two processes may share the file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+    with file.open("ab", buffering=0) as out:
+        out.write(f"{json.dumps(row)}\n".encode())
 
 
 def share(text: str) -> tuple[int, int]:
