@@ -38,7 +38,7 @@ def test_from_drawings_to_a_line_and_a_model(tmp_path: Path) -> None:
         command = [
             sys.executable, "-m", "benchmarks.quality", "--out", str(out), "--data", str(data), "--limit", "200",
             "--augment", "1", "--count", "80", "--processes", "2", "--judges", str(judges),
-            "--device", "cpu", "--mode", "none", "--set", "stages.0.batch_size=16", "stages.1.batch_size=16",
+            "--device", "cpu", "--mode", "none", "--set", "precision=float32", "stages.0.batch_size=16", "stages.1.batch_size=16",
             "--per-task", "1", "--steps", "1", "--seconds", "2", *options,
         ]  # fmt: skip
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
