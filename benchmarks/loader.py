@@ -1,6 +1,6 @@
-"""Samples a second that one worker of the loader reads from page cache, at the paper's shapes; JSON on stdout.
+"""Samples a second that one worker of the loader reads from page cache, at the paper's shapes.
 
-    python -m benchmarks.loader --rows 2000
+    python -m benchmarks.loader --rows 2000 --out loader.json
 
 A store of random numbers is written into a temporary folder and read once before the clock starts. Every caption has
 all 77 positions unless --tokens says otherwise.
@@ -8,7 +8,6 @@ all 77 positions unless --tokens says otherwise.
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.step import machine
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.data.prepare import prepare
 from micro_diffusion.data.records import Caption, Encoded, Record
@@ -70,6 +70,7 @@ def measure(store: Store, *, resolution: int, batch_size: int, seconds: float) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file; without it the JSON is printed")
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--tokens", type=int, nargs="+", default=[77, 20])
     parser.add_argument("--batch-size", type=int, default=256)
@@ -87,8 +88,12 @@ def main() -> None:
                 for resolution in (256, 512):
                     found = measure(store, resolution=resolution, batch_size=args.batch_size, seconds=args.seconds)
                     results.append({"tokens": tokens, "text": dtype, "resolution": resolution, **found})
-    head = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": args.threads}
-    print(json.dumps({**head, "batch_size": args.batch_size, "rows": args.rows, "results": results}, indent=2))
+    head = {"machine": machine("cpu"), "batch_size": args.batch_size, "rows": args.rows, "results": results}
+    text = json.dumps(head, indent=2) + "\n"
+    if args.out:
+        args.out.write_text(text)
+    else:
+        print(text, end="")
 
 
 if __name__ == "__main__":

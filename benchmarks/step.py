@@ -1,41 +1,52 @@
-"""Time whole training steps by mask ratio: `python -m benchmarks.step --out step.json`.
+"""Time whole training steps of the paper's four stages: `python -m benchmarks.step --out step.json`.
 
 Forward, loss, backward, clipping and AdamW on random latents: as the model does it (`fast`), with the plain twin of
 every kernel (`plain`: experts by index), and with the plain one-hot experts (`one-hot`, benchmarks/one_hot.py), all in
-the same run. Each case has a process of its own, so that peak memory is its own. On a CPU the default is a smaller
-model, whose ratios are of interest and not its seconds.
+the same run. Each case has a process of its own, so that peak memory is its own. After the clock stops, a few more
+steps are profiled: launches, and milliseconds by kind of kernel (benchmarks/breakdown.py). On a CPU the default is a
+smaller model, whose ratios are of interest and not its seconds.
+
+    python -m benchmarks.step --out step.json --stages 256:0.75 256:0 --paths fast one-hot
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from benchmarks.breakdown import breakdown
 from benchmarks.one_hot import use_one_hot_experts
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.kernels.launch import plain
-from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.models.dit import DiT, DiTConfig, conditioned
 from micro_diffusion.models.flops import forward_flops
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.device import pick_device
+from micro_diffusion.runtime.hardware import gpu_of
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.optim import guarded_step, make_optimizer
 
 TEXT_LENGTH, TEXT_WIDTH = 77, 1024
-# Images of a forward pass on a GPU of 80 GB: what the paper used at these mask ratios.
+# Images of a forward pass on a GPU of 80 GB at 256 px, by mask ratio; at 512 px a quarter: an image has four times the
+# patches. Where it does not fit it is halved.
 MICRO_BATCH = {0.0: 64, 0.5: 128, 0.75: 256, 0.875: 256}
+PIXELS = 8  # to a latent
 
 
 @dataclass(frozen=True)
@@ -51,10 +62,11 @@ class Case:
     steps: int
     device: str
     compile: bool
+    profiled_steps: int
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """Images a second (median step) and peak memory."""
+    """Images a second (median step), peak memory, launches and milliseconds by kind of kernel."""
     with contextlib.nullcontext() if case.path == "fast" else plain():
         return _measure(case)
 
@@ -63,16 +75,52 @@ def _measure(case: Case) -> dict[str, Any]:
     device = pick_device(case.device)
     gpu = device.type == "cuda"
     torch.manual_seed(0)
-    config = PRESETS[case.preset](input_size=case.latent_size, caption_channels=TEXT_WIDTH, text_mask="none")
+    config = PRESETS[case.preset](
+        input_size=case.latent_size, pos_interp_scale=case.latent_size / 32, caption_channels=TEXT_WIDTH,
+        text_mask="none",
+    )  # fmt: skip
+    step = make_step(case, config, device)
+
+    def wait() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    started = wait()
+    for _ in range(3):
+        step()
+    warm = wait() - started
+    seconds = []
+    for _ in range(case.steps):
+        before = wait()
+        step()
+        seconds.append(wait() - before)
+    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    images = case.batch_size / statistics.median(seconds)
+    flops = images * 3 * forward_flops(config, mask_ratio=case.mask_ratio, text_length=TEXT_LENGTH)
+    peak = gpu_of(device)
+    return dataclasses.asdict(case) | {
+        "images_per_second": images,
+        "tflops_per_second": flops / 1e12,
+        "utilisation": flops / peak.peak_flops("bf16") if peak else None,
+        "step_seconds": [round(value, 5) for value in seconds],
+        "first_three_steps_seconds": round(warm, 1),
+        "peak_memory_gb": memory / 1e9,
+        "profile": breakdown(step, steps=case.profiled_steps, gpu=gpu) if case.profiled_steps else None,
+    }
+
+
+def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[], None]:
+    """A step on random latents, the same at every call: micro-batches, clipping, AdamW."""
     with torch.device(device):
         dit = DiT(config)
     if case.path == "one-hot":
         use_one_hot_experts(dit)
-    stage = Stage("benchmark", resolution=8 * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
+    stage = Stage("benchmark", resolution=PIXELS * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
                   learning_rate=1e-4, mask_ratio=case.mask_ratio)  # fmt: skip
     optimizer = make_optimizer(dit, Recipe("benchmark", config, (stage,)))
     network_module = cast(DiT, torch.compile(dit, dynamic=False, fullgraph=True)) if case.compile else dit
-    count, objective, precision = case.micro_batch, EDM(), "bf16" if gpu else "float32"
+    count, objective, precision = case.micro_batch, EDM(), "bf16" if device.type == "cuda" else "float32"
 
     def batch() -> tuple[Tensor, ...]:
         latents, noise = torch.randn(2, count, config.in_channels, *config.latent_size, device=device)
@@ -85,7 +133,9 @@ def _measure(case: Case) -> dict[str, Any]:
             torch.rand(count, dit.num_patches, device=device),
         )
 
-    def step(batches: list[tuple[Tensor, ...]]) -> None:
+    batches = [batch() for _ in range(case.batch_size // count)]
+
+    def step() -> None:
         total = torch.zeros((), device=device)
         for latents, noise, text, normal, mask_noise in batches:
             network = conditioned(
@@ -98,42 +148,19 @@ def _measure(case: Case) -> dict[str, Any]:
             total += loss.detach()
         guarded_step(optimizer, total, lr=1e-4, clip_norm=0.25)
 
-    def wait() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    batches = [batch() for _ in range(case.batch_size // count)]
-    started = wait()
-    for _ in range(3):
-        step(batches)
-    warm = wait() - started
-    seconds = []
-    for _ in range(case.steps):
-        before = wait()
-        step(batches)
-        seconds.append(wait() - before)
-    median = statistics.median(seconds)
-    flops = 3 * forward_flops(config, mask_ratio=case.mask_ratio, text_length=TEXT_LENGTH)
-    memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dataclasses.asdict(case) | {
-        "images_per_second": case.batch_size / median,
-        "tflops_per_second": case.batch_size / median * flops / 1e12,
-        "step_seconds": [round(value, 5) for value in seconds],
-        "first_three_steps_seconds": round(warm, 1),
-        "peak_memory_gb": memory / 1e9,
-    }
+    return step
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Hardware, versions and commit."""
+    """Hardware, versions, commit and day. Where the code is no git checkout, the commit is the environment's COMMIT."""
     gpu = pick_device(device).type == "cuda"
-    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": revision,
+        "commit": os.environ.get("COMMIT") or asked.stdout.strip(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
 
 
@@ -142,31 +169,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rewritten after each case")
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
-    parser.add_argument("--preset", default="MicroDiT_XL_2" if gpu else "MicroDiT_Small_2", choices=PRESETS)
-    parser.add_argument("--latent-size", type=int, default=32, help="32 is 256 px")
-    parser.add_argument("--masks", type=float, nargs="+", default=[0.75, 0.0, 0.5, 0.875])
+    parser.add_argument("--model", nargs="+", default=["MicroDiT_XL_2" if gpu else "MicroDiT_Small_2"], choices=PRESETS)
+    parser.add_argument(
+        "--stages", nargs="+", default=["256:0.75", "256:0", "512:0.75", "512:0"], metavar="PIXELS:MASK"
+    )
     parser.add_argument("--paths", nargs="+", default=["fast", "one-hot"], choices=["fast", "plain", "one-hot"])
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 8)
+    parser.add_argument("--micro-batch", type=int, help="images of a forward pass; default: what fits XL in 80 GB")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--profiled-steps", type=int, default=2, help="0 profiles nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for mask_ratio in args.masks:
-        for path in args.paths:
-            micro = min(args.batch_size, MICRO_BATCH.get(mask_ratio, 64))
-            case = Case(args.preset, args.latent_size, mask_ratio, path, args.batch_size, micro,
-                        args.steps, args.device, args.compile)  # fmt: skip
+    for preset, stage, path in itertools.product(args.model, args.stages, args.paths):
+        pixels, _, mask = stage.partition(":")
+        latent_size, mask_ratio = int(pixels) // PIXELS, float(mask or 0)
+        micro = args.micro_batch or max(1, MICRO_BATCH.get(mask_ratio, 64) * 32**2 // latent_size**2)
+        case = Case(preset, latent_size, mask_ratio, path, args.batch_size, min(args.batch_size, micro),
+                    args.steps, args.device, args.compile, args.profiled_steps)  # fmt: skip
+        rows.append(measure_alone(case))
+        print(line(rows[-1]), flush=True)
+        result = {"machine": machine(args.device), "rows": rows}
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def measure_alone(case: Case) -> dict[str, Any]:
+    """In a process of its own, with micro-batches that fit."""
+    while True:
+        try:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
-                rows.append(pool.apply(measure, (case,)))
-            row = rows[-1]
-            print(
-                f"mask {mask_ratio:5.3f}  {path:7}  {row['images_per_second']:8.1f} images/s  "
-                f"{row['peak_memory_gb']:5.1f} GB  {row['tflops_per_second']:6.1f} TFLOP/s  "
-                f"first steps {row['first_three_steps_seconds']:.0f} s",
-                flush=True,
-            )
-            result = {"machine": machine(args.device), "rows": rows}
-            args.out.write_text(json.dumps(result, indent=2) + "\n")
+                return pool.apply(measure, (case,))
+        except torch.OutOfMemoryError:
+            print(f"out of memory with micro-batches of {case.micro_batch}", flush=True)
+            if case.micro_batch == 1:
+                raise
+            case = dataclasses.replace(case, micro_batch=case.micro_batch // 2)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row for people."""
+    text = (
+        f"{row['preset']} {PIXELS * row['latent_size']} px, mask {row['mask_ratio']:5.3f}  {row['path']:7}  "
+        f"{row['images_per_second']:8.1f} images/s  {row['peak_memory_gb']:5.1f} GB  "
+        f"{row['tflops_per_second']:6.1f} TFLOP/s  first steps {row['first_three_steps_seconds']:.0f} s"
+    )
+    if profile := row["profile"]:
+        kinds = "  ".join(f"{kind} {ms:.0f}" for kind, ms in profile["kinds_ms"].items())
+        text += f"\n    {profile['launches']} launches, {profile['kernel_ms']:.0f} ms: {kinds}"
+    return text
 
 
 if __name__ == "__main__":

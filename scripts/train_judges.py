@@ -7,6 +7,7 @@ compositions. Reported are shares right on pictures rasterised, moved and turned
 """
 
 import argparse
+import io
 import itertools
 import json
 import math
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -30,12 +31,12 @@ from micro_diffusion.evaluation.geneval import task_scores, verdict
 from micro_diffusion.evaluation.judges import STRIDE, Cells, Detector, Judge, Opinion
 from micro_diffusion.evaluation.scenes import ScenesBenchmark, find
 
-SOURCE = 96  # pixels of the drawings that are varied
+SOURCE = 128  # pixels of the drawings that are varied
 REPORT = 20  # seconds
 
 
 def load_drawings(*, split: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str], list[str]]:
-    """Pictures (n, 3, 96, 96) in bytes, concepts, styles, whether it may be mirrored; the names of all splits."""
+    """Pictures (n, 3, 128, 128) in bytes, concepts, styles, whether it may be mirrored; the names of all splits."""
     rows = list(emoji_table())
     concepts = list(dict.fromkeys(row["concept"] for row in rows))
     styles = list(dict.fromkeys(row["style"] for row in rows))
@@ -45,14 +46,8 @@ def load_drawings(*, split: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor,
     ])  # fmt: skip
     labels = torch.tensor([(concepts.index(row["concept"]), styles.index(row["style"])) for row in rows])
     mirror = torch.tensor([not ONE_WAY.search(row["concept"]) for row in rows])
-    return (
-        torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(),
-        labels[:, 0],
-        labels[:, 1],
-        mirror,
-        concepts,
-        styles,
-    )
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+    return images, labels[:, 0], labels[:, 1], mirror, concepts, styles
 
 
 def vary(pictures: Tensor, mirror: Tensor, size: int) -> Tensor:
@@ -77,14 +72,18 @@ def vary(pictures: Tensor, mirror: Tensor, size: int) -> Tensor:
 def spoil(pictures: Tensor) -> Tensor:
     """A little as a generator's pictures may be: blurred, noisy, paler or darker."""
     b, device = len(pictures), pictures.device
-    if torch.rand(()) < 0.5:
-        edge = int(pictures.shape[-1] * float(torch.empty(()).uniform_(0.4, 0.9)))
+    if torch.rand(()) < 0.2:
+        edge = int(pictures.shape[-1] * float(torch.empty(()).uniform_(0.5, 0.9)))
         small = F.interpolate(pictures, (edge, edge), mode="bilinear", antialias=True)
         pictures = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
     contrast = torch.empty(b, 1, 1, 1, device=device).uniform_(0.85, 1.15)
     light = torch.empty(b, 3, 1, 1, device=device).uniform_(-0.06, 0.06)
-    noise = torch.randn_like(pictures) * torch.empty(b, 1, 1, 1, device=device).uniform_(0, 0.05)
+    noise = torch.randn_like(pictures) * torch.empty(b, 1, 1, 1, device=device).uniform_(0, 0.03)
     return ((pictures - 0.5) * contrast + 0.5 + light + noise).clamp(0, 1)
+
+
+def open_drawing(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 Batch = tuple[Tensor, Callable[[Any], Tensor]]  # pictures, and the loss of what the network says of them
@@ -126,7 +125,10 @@ def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:
 
             yield vary(pictures[rows], mirror[rows], Judge.SIZE), loss_of
 
-    judge = Judge(concepts, styles).to(args.device, memory_format=torch.channels_last)
+    judge = Judge(concepts, styles).to(args.device).to(memory_format=torch.channels_last)
+    if args.start:
+        own, weights = judge.state_dict(), load_file(args.start)
+        judge.load_state_dict({k: v for k, v in weights.items() if v.shape == own[k].shape}, strict=False)
     fit(judge, batches(), args)
     return judge
 
@@ -214,7 +216,7 @@ def make_detector(args: argparse.Namespace) -> Detector:
         (spoil(pictures.to(args.device).float() / 255), partial(detector_loss, truth=truth.to(args.device)))
         for pictures, truth in loader
     )
-    detector = Detector(CONCEPTS, ["own", *COLOURS]).to(args.device, memory_format=torch.channels_last)
+    detector = Detector(CONCEPTS, ["own", *COLOURS]).to(args.device).to(memory_format=torch.channels_last)
     fit(detector, batches, args)
     return detector
 
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--start", type=Path, help="weights of the same network to go on from")
     args = parser.parse_args()
     torch.manual_seed(0)
     started = time.monotonic()

@@ -245,3 +245,53 @@ def write_composer(path: Path, config: DiTConfig) -> DiT:
     }  # fmt: skip
     torch.save(content, path)
     return dit
+
+
+def write_inception(path: Path) -> None:
+    """torch-fidelity's Inception in its own format, with weights whose features are neither zero nor huge."""
+    from unittest import mock
+
+    from torch_fidelity import feature_extractor_inceptionv3 as library
+
+    network = library.FeatureExtractorInceptionV3
+    with mock.patch.object(library, "load_state_dict_from_url"), mock.patch.object(network, "load_state_dict"):
+        model = seeded(lambda: network("inception-v3-compat", ["2048"]))
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+    torch.save(model.state_dict(), path)
+
+
+def write_clip(folder: Path, *, size: int = 32) -> Any:
+    """A whole CLIP in transformers format, with tokenizer and image processor; pictures of `size` are four patches."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    text = {
+        "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "max_position_embeddings": 24, "eos_token_id": 189, "bos_token_id": 188, "projection_dim": 12,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": size, "patch_size": size // 2, "projection_dim": 12,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)
+    model = seeded(lambda: CLIPModel(config)).eval()
+    model.save_pretrained(folder)
+    write_clip_tokenizer(folder, length=24)
+    CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(folder)
+    return model
+
+
+def write_dinov2(folder: Path) -> Any:
+    """A DINOv2 whose pictures are four patches."""
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=112, mlp_ratio=2
+    )
+    model = seeded(lambda: Dinov2Model(config)).eval()
+    model.save_pretrained(folder)
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    BitImageProcessor(size={"shortest_edge": 256}, image_mean=mean, image_std=deviation).save_pretrained(folder)
+    return model

@@ -21,8 +21,45 @@ if TYPE_CHECKING:
 GRID_LIMIT = 400  # pictures in grid.png
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a model draws."""
+
+    steps: int = 30
+    """Sampling steps."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only between these noise levels, a lower and a higher one, as in 0.3 5; faster, and often better."""
+    sampler: str = "heun"
+    """heun, euler or dpmpp_2m."""
+    autoencoder: str | None = None
+    """Another autoencoder than the model names: embedded, a folder in diffusers format, or a name on the hub."""
+    text_encoder: str | None = None
+    """Another text encoder than the model names; see docs/models.md."""
+    batch_size: int = 16
+    """Pictures drawn at once: what memory has to hold."""
+    precision: Literal["bf16", "float32"] = "bf16"
+    """Of the transformer on CUDA; elsewhere it is float32."""
+    compile: bool = False
+    """Compile the transformer: a minute or two first, then faster; for many pictures."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def load(self, name: str) -> "LatentDiffusion":
+        """The model of that name, ready to draw."""
+        from micro_diffusion.models.model import LatentDiffusion
+        from micro_diffusion.runtime.device import pick_device
+
+        model = LatentDiffusion.from_checkpoint(
+            name, device=pick_device(self.device), autoencoder=self.autoencoder, text_encoder=self.text_encoder,
+            precision=self.precision,
+        )  # fmt: skip
+        if self.compile:
+            model.dit.compile()
+        return model
+
+
 @dataclass(frozen=True)
-class Generate:
+class Generate(Sampling):
     """Draw pictures for prompts: one PNG each, and grid.png with the prompts under the pictures."""
 
     model: Annotated[Path, arg(metavar="NAME_OR_PATH", aliases=("--checkpoint",))] = Path("embedded")
@@ -42,26 +79,8 @@ class Generate:
     """The noise that a picture starts from; a prompt's second picture has the next seed."""
     per_prompt: int = 1
     """Pictures of each prompt."""
-    steps: int = 30
-    """Sampling steps."""
     guidance: float = 3.0
     """Guidance scale; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only between these noise levels, a lower and a higher one, as in 0.3 5; faster, and often better."""
-    sampler: str = "heun"
-    """heun, euler or dpmpp_2m."""
-    autoencoder: str | None = None
-    """Another autoencoder than the model names: embedded, a folder in diffusers format, or a name on the hub."""
-    text_encoder: str | None = None
-    """Another text encoder than the model names; see docs/models.md."""
-    batch_size: int = 16
-    """Pictures drawn at once: what memory has to hold."""
-    precision: Literal["bf16", "float32"] = "bf16"
-    """Of the transformer on CUDA; elsewhere it is float32."""
-    compile: bool = False
-    """Compile the transformer: a minute or two first, then faster; for many pictures."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
 
     def __call__(self) -> None:
         fills = [[word.strip() for word in fill.split("|")] for fill in self.fill]
@@ -71,16 +90,9 @@ class Generate:
         from rich.console import Console
         from rich.progress import Progress
 
-        from micro_diffusion.models.model import LatentDiffusion
-        from micro_diffusion.runtime.device import pick_device
         from micro_diffusion.runtime.report import grid, png_bytes, table_grid
 
-        model = LatentDiffusion.from_checkpoint(
-            self.model.as_posix(), device=pick_device(self.device), autoencoder=self.autoencoder,
-            text_encoder=self.text_encoder, precision=self.precision,
-        )  # fmt: skip
-        if self.compile:
-            model.dit.compile()
+        model = self.load(self.model.as_posix())
         self.out.mkdir(parents=True, exist_ok=True)
         shown: list[Image.Image] = []
         console = Console(stderr=True)

@@ -10,6 +10,7 @@ import tyro
 
 from micro_diffusion.cli.data import Data
 from micro_diffusion.cli.ema import Ema
+from micro_diffusion.cli.evaluate import Evaluate
 from micro_diffusion.cli.export import Export
 from micro_diffusion.cli.generate import Generate
 from micro_diffusion.cli.plan import Bench, Plan
@@ -21,9 +22,9 @@ from micro_diffusion.runtime.files import UserError
 
 VERBS = {
     "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "ema": Ema,
-    "generate": Generate, "export": Export, "plan": Plan, "bench": Bench,
+    "generate": Generate, "evaluate": Evaluate, "export": Export, "plan": Plan, "bench": Bench,
 }  # fmt: skip
-Verb = Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Export | Plan | Bench
+Verb = Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Evaluate | Export | Plan | Bench
 USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 
 

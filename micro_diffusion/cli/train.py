@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from micro_diffusion.cli.evaluate import during_training
 from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from micro_diffusion.data.stream import Stream
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.dit import DiT
+    from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.models.text_encoders import TextEncoder
     from micro_diffusion.runtime.distributed import World
     from micro_diffusion.training.config import Recipe
@@ -57,6 +59,8 @@ class Train(SourceOptions):
     """Dollars for an hour of one GPU, to count what the run costs; default: typical of the GPU; 0 counts none."""
     wandb: Annotated[str | None, arg(metavar="PROJECT")] = None
     """Also log to this project at Weights & Biases (pip install 'micro-diffusion[wandb]')."""
+    evaluate: Annotated[str | None, arg(metavar="BENCHMARK,PROMPTS")] = None
+    """Also score the average's pictures, as in emoji,16: at ends of stages, and --set evaluate_every=IMAGES."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
     source: Annotated[str | None, arg(metavar="SOURCE")] = None
@@ -88,7 +92,7 @@ class Train(SourceOptions):
             logging.getLogger("micro_diffusion").setLevel(logging.ERROR if world.rank else logging.INFO)
             train_recipe(
                 recipe, self.store, self.run, device=self.device, weights=weights, stream=stream, price=self.price,
-                wandb=self.wandb, options=options, world=world,
+                wandb=self.wandb, evaluate=self.evaluate, options=options, world=world,
             )  # fmt: skip
         if not world.rank:
             print(
@@ -189,7 +193,7 @@ def fine_tuning(
 def train_recipe(
     recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
     stream: "Callable[..., Stream] | None" = None, price: float | None = None, wandb: str | None = None,
-    options: Options = DEFAULTS, world: "World | None" = None,
+    evaluate: str | None = None, options: Options = DEFAULTS, world: "World | None" = None,
 ) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train; on a signal exit with 128 + its number."""
     from micro_diffusion.data.loader import require
@@ -198,6 +202,7 @@ def train_recipe(
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
     from micro_diffusion.runtime.distributed import ALONE, Stuck
+    from micro_diffusion.training.hooks import Evaluation
     from micro_diffusion.training.loop import Interrupted, train
 
     if not folders and not stream:
@@ -226,8 +231,14 @@ def train_recipe(
     else:
         loaders = open_loaders(recipe, having, "train")
         captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    sample = partial(draw, recipe, autoencoder, text_encoder, captions)
+    shown = partial(model_of, recipe, autoencoder, text_encoder)
+    sample = partial(draw, recipe, shown, captions)
+    if recipe.evaluate_every and not evaluate:
+        raise UserError("evaluate_every does nothing without --evaluate: name a benchmark, or set it to 0.")
     hooks = [] if world.rank else make_hooks(recipe, run, sample, price=price, wandb=wandb, device=chosen)
+    if evaluate and not world.rank:
+        score = during_training(evaluate, shown, run / "evaluation", device=chosen)
+        hooks.insert(0, Evaluation(score, every=recipe.evaluate_every))
     try:
         train(
             recipe, run=run, loaders=loaders, validation=open_loaders(recipe, kept, "validation") if held_out else None,
@@ -317,14 +328,13 @@ def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPT
     raise UserError(f"The store {store.path} has no rows to train on.")
 
 
-def draw(
-    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", captions: Sequence[str], dit: "DiT"
-) -> "Image.Image":
-    """The captions as the weights of the moment draw them, always from the same noise."""
+def model_of(
+    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", dit: "DiT"
+) -> "LatentDiffusion":
+    """The weights of the moment with the parts that they are trained with."""
     from micro_diffusion.models.model import LatentDiffusion
-    from micro_diffusion.runtime.report import grid, pictures
 
-    model = LatentDiffusion(
+    return LatentDiffusion(
         dit,
         recipe.make_objective(recipe.stages[0]),
         load_vae=lambda: autoencoder,
@@ -332,7 +342,15 @@ def draw(
         text_length=recipe.text_length,
         precision=recipe.precision,
     )
-    images = model.generate(
+
+
+def draw(
+    recipe: "Recipe", shown: "Callable[[DiT], LatentDiffusion]", captions: Sequence[str], dit: "DiT"
+) -> "Image.Image":
+    """The captions as the weights of the moment draw them, always from the same noise."""
+    from micro_diffusion.runtime.report import grid, pictures
+
+    images = shown(dit).generate(
         captions, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE, seed=recipe.seed
     )
     return grid(pictures(images), captions, columns=4)

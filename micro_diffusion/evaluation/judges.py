@@ -42,9 +42,9 @@ class Cells(NamedTuple):
 
 
 class Judge(nn.Module):
-    """Concept and style of a drawing on white, seen at 64 x 64 pixels."""
+    """Concept and style of a drawing on white: what it is at 64 x 64 pixels, and for the style its texture at 128."""
 
-    SIZE = 64
+    SIZE = 128
 
     def __init__(self, concepts: Sequence[str], styles: Sequence[str]) -> None:
         super().__init__()
@@ -53,13 +53,18 @@ class Judge(nn.Module):
             _layer(3, 32, 4, stride=2), _layer(32, 64, stride=2), _layer(64, 64), _layer(64, 128, stride=2),
             _layer(128, 128), _layer(128, 192, stride=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(192, 128),
         )  # fmt: skip
-        self.concept, self.style = nn.Linear(128, len(concepts)), nn.Linear(128, len(styles))
+        self.texture = nn.Sequential(
+            _layer(3, 16, 4, stride=2), _layer(16, 32, stride=2), _layer(32, 48, stride=2),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        )  # fmt: skip
+        self.concept, self.style = nn.Linear(128, len(concepts)), nn.Linear(128 + 48, len(styles))
 
     def forward(self, pictures: Float[Tensor, "b 3 height width"]) -> Opinion:
         """Takes pictures in [0, 1] of any size."""
-        small = F.interpolate(pictures, (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
-        features = self.trunk((small - 0.5).contiguous(memory_format=torch.channels_last))
-        return Opinion(self.concept(features), self.style(features), features)
+        large = _scaled(pictures - 0.5, self.SIZE)
+        features = self.trunk(_scaled(large, self.SIZE // 2))
+        style = self.style(torch.cat([features, self.texture(large)], 1))
+        return Opinion(self.concept(features), style, features)
 
 
 class Detector(nn.Module):
@@ -78,11 +83,15 @@ class Detector(nn.Module):
 
     def forward(self, pictures: Float[Tensor, "b 3 height width"]) -> Cells:
         """Takes pictures in [0, 1] of any size."""
-        scaled = F.interpolate(pictures, (self.SIZE, self.SIZE), mode="bilinear", antialias=True)
-        out = self.head(self.trunk((scaled - 0.5).contiguous(memory_format=torch.channels_last))).permute(0, 2, 3, 1)
+        out = self.head(self.trunk(_scaled(pictures - 0.5, self.SIZE))).permute(0, 2, 3, 1)
         concepts, colours = map(len, self.names.values())
         centre, box, concept, colour = out.split((1, 4, concepts, colours), -1)
         return Cells(centre[..., 0], F.softplus(box), concept, colour)
+
+
+def _scaled(pictures: Float[Tensor, "b 3 height width"], size: int) -> Float[Tensor, "b 3 s s"]:
+    scaled = F.interpolate(pictures, (size, size), mode="bilinear", antialias=True)
+    return scaled.contiguous(memory_format=torch.channels_last)
 
 
 def _layer(channels: int, out: int, kernel: int = 3, *, stride: int = 1, dilation: int = 1) -> nn.Sequential:

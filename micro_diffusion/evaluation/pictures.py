@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, overload
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -36,9 +36,7 @@ class PictureFolder(Sequence[Image.Image]):
         if self.prompts is not None:
             self.files = [self.path / file_name(index) for index in range(len(self.prompts))]
             if missing := sum(not file.is_file() for file in self.files):
-                raise UserError(
-                    f"{missing} of {len(self.files)} pictures in {path} are not drawn yet: draw them first."
-                )
+                raise UserError(f"{missing} of {len(self.files)} pictures in {path} are not drawn: draw them first.")
             return
         found = sorted(self.path.rglob("*")) if self.path.is_dir() else []
         self.files = [file for file in found if file.suffix.lower() in PICTURES and not file.name.startswith(".")]
@@ -51,14 +49,9 @@ class PictureFolder(Sequence[Image.Image]):
     def __len__(self) -> int:
         return len(self.files)
 
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Image.Image]: ...
-    def __getitem__(self, index: int | slice) -> Image.Image | list[Image.Image]:
-        if isinstance(index, slice):
-            return [self._decode(file) for file in self.files[index]]
-        return self._decode(self.files[index])
+    def __getitem__(self, index: Any) -> Any:
+        chosen = self.files[index]
+        return [self._decode(file) for file in chosen] if isinstance(index, slice) else self._decode(chosen)
 
     def batches(self, size: int) -> Iterator[list[Image.Image]]:
         """The pictures in order, at most `size` at a time."""

@@ -49,7 +49,7 @@ def add_norm(
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(
+    def _add_norm_kernel(
         x, branch, gate, weight, shift, scale, summed, normed, count, dim,
         gate_stride, shift_stride, scale_stride,
         eps: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, BLOCK: tl.constexpr,
@@ -75,7 +75,7 @@ if triton is not None:
         tl.store(normed + row * dim + columns, result.to(normed.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _backward_kernel(
+    def _add_norm_grad_kernel(
         summed, branch, gate, weight, scale, into_stream, into_normed, into_x, into_branch, sums, count, dim,
         gate_stride, scale_stride, programs,
         eps: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -129,7 +129,7 @@ if triton is not None:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         batch, count, dim = x.shape
         stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-        launcher(_forward_kernel)[(batch * count,)](
+        launcher(_add_norm_kernel)[(batch * count,)](
             x, branch, either(gate, x), weight, either(shift, x), either(scale, x), stream, normed, count, dim,
             _stride(gate), _stride(shift), _stride(scale),
             eps=eps, GATED=gate is not None, MODULATED=scale is not None, BLOCK=triton.next_power_of_2(dim),
@@ -145,7 +145,7 @@ if triton is not None:
         programs = triton.cdiv(count, TOKENS_OF_PROGRAM)
         into_x, into_branch = torch.empty_like(stream), torch.empty_like(branch)
         sums = stream.new_empty(4, batch, programs, dim, dtype=torch.float32)
-        launcher(_backward_kernel)[(programs, batch)](
+        launcher(_add_norm_grad_kernel)[(programs, batch)](
             stream, branch, either(gate, stream), weight, either(scale, stream), into_stream, into_normed,
             into_x, into_branch, sums, count, dim, _stride(gate), _stride(scale), programs,
             eps=eps, GATED=gate is not None, MODULATED=scale is not None, ROWS=TOKENS_OF_PROGRAM,

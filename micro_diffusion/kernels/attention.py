@@ -40,7 +40,7 @@ def attention(
 if triton is not None:
 
     @triton.jit
-    def _forward_kernel(
+    def _attention_kernel(
         q, k, v, mask, out, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
         factor: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
@@ -63,7 +63,7 @@ if triton is not None:
         tl.store(out + place, result.to(out.dtype.element_ty), mask=here[:, None])
 
     @triton.jit
-    def _backward_kernel(
+    def _attention_grad_kernel(
         q, k, v, mask, grad, into_q, into_k, into_v, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
         factor: tl.constexpr, scale: tl.constexpr,
@@ -104,7 +104,7 @@ if triton is not None:
     def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int) -> Tensor:
         (batch, queries, width), keys = q.shape, k.shape[1]
         out, heads = q.new_empty(q.shape), width // head_dim
-        launcher(_forward_kernel)[(batch * heads, triton.cdiv(queries, QUERIES))](
+        launcher(_attention_kernel)[(batch * heads, triton.cdiv(queries, QUERIES))](
             q, k, v, either(mask, q), out, queries, keys, heads, *_strides(q, k, v),
             factor=head_dim**-0.5 * LOG2_E, MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
         )  # fmt: skip
@@ -117,7 +117,7 @@ if triton is not None:
         (batch, queries, width), keys = q.shape, k.shape[1]
         into_q, into_k, into_v = (x.new_empty(x.shape) for x in (q, k, v))
         heads, factor = width // head_dim, head_dim**-0.5
-        launcher(_backward_kernel)[(batch * heads,)](
+        launcher(_attention_grad_kernel)[(batch * heads,)](
             q, k, v, either(mask, q), grad, into_q, into_k, into_v, queries, keys, heads,
             *_strides(q, k, v), factor=factor * LOG2_E, scale=factor,
             MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,

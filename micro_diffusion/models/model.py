@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from micro_diffusion.diffusion.guidance import guided
 from micro_diffusion.diffusion.objectives import EDM, Flow, Network
@@ -286,7 +287,8 @@ def sample_latents(
         network = text_network(dit, features, precision=precision)
         return lambda x, level: objective.denoise(network, x, level).sample
 
-    denoise = guided(denoiser(text), denoiser(negative), scale=guidance_scale, interval=guidance_interval)
+    both = TextFeatures(*(pad_sequence([*a, *b], batch_first=True) for a, b in zip(text, negative, strict=True)))
+    denoise = guided(denoiser(text), denoiser(both), scale=guidance_scale, interval=guidance_interval)
     levels = objective.levels(num_inference_steps)
     return sample(denoise, objective.start(noise.float()), levels, alpha=objective.alpha, on_step=on_step)
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 
 from micro_diffusion.runtime.files import UserError, sha256
 
+HUB = "https://huggingface.co"
 PACKAGES = {"open_clip": "open_clip_torch"}  # where the name to install is not the one to import
 
 # What Composer's training checkpoints hold besides tensors: times and the state of numpy's generator. Plain data.
@@ -41,7 +42,9 @@ def part_folder(
         for group in weights:
             wanted = [place + pattern for place in places for pattern in group]
             patterns = [*(place + file for place in places for file in files), *wanted]
-            with _from_hub(name):
+            with _from_hub(
+                name, f"{' and '.join(group[:1])} and the small files of {HUB}/{name}".removeprefix(" and ")
+            ):
                 root = Path(hub.snapshot_download(name, allow_patterns=patterns))
             found = [path.relative_to(root).as_posix() for path in root.rglob("*")]
             if any(fnmatch(path, pattern) for path in found for pattern in wanted):
@@ -61,18 +64,18 @@ def weight_files(part: str, folder: Path, groups: Sequence[Sequence[str]]) -> li
 def hub_file(repository: str, file: str) -> Path:
     """One file of a repository, from the hub or the hub's cache."""
     hub = optional_package("huggingface_hub")
-    with _from_hub(f"{repository}/{file}"):
+    with _from_hub(f"{repository}/{file}", f"{HUB}/{repository}/resolve/main/{file}"):
         return Path(hub.hf_hub_download(repository, file))
 
 
 @contextlib.contextmanager
-def _from_hub(name: str) -> Iterator[None]:
+def _from_hub(name: str, address: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # of network, name, permission and cache alike
         raise UserError(
-            f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}); "
-            "check the name and the network, or download it elsewhere and give the folder."
+            f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}); check the name and the "
+            f"network, or download {address} elsewhere and give its place."
         ) from error
 
 

@@ -253,9 +253,16 @@ def figure(picture: Image.Image | str, *, alt: str, caption: str) -> str:
 
 def facts(rows: Mapping[str, object]) -> str:
     """A two-column table of names and values."""
-    cells = [(html.escape(name), html.escape(str(value))) for name, value in rows.items()]
-    body = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in cells)
-    return f'<div class="wide"><table>{body}</table></div>'
+    return table((), {name: [value] for name, value in rows.items()})
+
+
+def table(heads: Sequence[str], rows: Mapping[str, Sequence[object]]) -> str:
+    """A table of values by their names, with a head over each column if there are any."""
+    top = [f"<tr><td></td>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr>"] if heads else []
+    for name, values in rows.items():
+        cells = "".join(f"<td>{html.escape(str(value))}</td>" for value in values)
+        top.append(f'<tr><th scope="row">{html.escape(name)}</th>{cells}</tr>')
+    return f'<div class="wide"><table>{"".join(top)}</table></div>'
 
 
 def commands(lines: Sequence[str]) -> str:

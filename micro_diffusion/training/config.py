@@ -11,7 +11,7 @@ from micro_diffusion.models.dit import DiTConfig
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse, read_json
 
-INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every", "snapshot_every")
+INTERVALS = ("log_every", "checkpoint_every", "sample_every", "validate_every", "evaluate_every", "snapshot_every")
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,8 @@ class Recipe:
     """Images between checkpoints; 0 leaves the one at the end of each stage, as below."""
     sample_every: int = 0
     validate_every: int = 0
+    evaluate_every: int = 0
+    """Images between the scores of `train --evaluate`."""
     snapshot_every: int = 0
     """Images between the averages that are kept for `micro-diffusion ema`; one is kept at the end of each stage too."""
     guard_skips: int = 5

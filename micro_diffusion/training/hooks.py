@@ -203,6 +203,17 @@ class Samples(Hook):
         return {}
 
 
+class Evaluation(Hook):
+    """Logs the numbers that `score` gives of the weights, every `every` images and at the end of each stage."""
+
+    def __init__(self, score: Callable[[DiT], Mapping[str, float]], *, every: int) -> None:
+        self.score, self.every = score, every
+
+    def after_step(self, state: State, moment: Moment) -> Row:
+        numbers = self.score(state.shown) if moment.due(self.every) else {}
+        return {f"evaluation/{name}": value for name, value in numbers.items()}
+
+
 class Validation(Hook):
     """Loss without mask on up to 256 held-out rows, at 8 fixed noise levels with fixed noise, and its mean.
 

@@ -125,7 +125,7 @@ def train(
                                 average = state.gathered(index)
                                 if log is not None:
                                     release(run / "averages" / f"{state.images:012d}-{width}", average)
-                        whole = moment.due(recipe.sample_every, recipe.validate_every)
+                        whole = moment.due(recipe.sample_every, recipe.validate_every, recipe.evaluate_every)
                         seen = state.gathered() if whole else state
                         if log is not None:
                             row = meter.row(state, rate) | watched

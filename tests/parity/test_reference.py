@@ -100,13 +100,17 @@ def test_text_encoded_once(reference: Reference) -> None:
     assert_equal(sample, reference["out.unmasked"])
 
 
+def with_null(text: Tensor) -> Tensor:
+    """Captions, and as many null captions after them."""
+    return torch.cat([text, torch.zeros_like(text)])
+
+
 def test_guidance(reference: Reference) -> None:
     def network(text: Tensor):
         return lambda x, label: reference.network(x, label, text=text).sample
 
-    guide = guided(
-        network(reference["in.text"]), network(torch.zeros_like(reference["in.text"])), scale=reference.guidance_scale
-    )
+    text = reference["in.text"]
+    guide = guided(network(text), network(with_null(text)), scale=reference.guidance_scale)
     assert_equal(guide(reference["in.latents"], reference["in.noise_label"]), reference["out.cfg"])
 
 
@@ -135,7 +139,7 @@ def test_sampler(reference: Reference) -> None:
     def denoiser(text: Tensor):
         return lambda x, sigma: edm.denoise(lambda x, label: reference.network(x, label, text=text), x, sigma).sample
 
-    denoise = guided(denoiser(text), denoiser(torch.zeros_like(text)), scale=reference.guidance_scale)
+    denoise = guided(denoiser(text), denoiser(with_null(text)), scale=reference.guidance_scale)
     steps = int(reference.settings["num_inference_steps"])
     with torch.no_grad():
         sample = heun(denoise, edm.start(reference["in.latents"]), edm.levels(steps), alpha=edm.alpha)

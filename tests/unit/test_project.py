@@ -41,7 +41,15 @@ def test_model_and_training_need_little_more_than_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["generate", "--help"], ["runs", "--help"], ["plan", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["generate", "--help"],
+        ["evaluate", "--help"],
+        ["runs", "--help"],
+        ["plan", "--help"],
+    ],
 )
 def test_help_imports_no_library_that_takes_seconds(arguments: list[str]) -> None:
     code = f"""

@@ -48,17 +48,17 @@ class Group(NamedTuple):
     """So many objects of a concept, all in one tint or in their own colours."""
 
     concept: str
-    count: int
+    copies: int
     colour: str | None
 
     @property
     def words(self) -> str:
         """`a blue fox`, `three foxes`."""
         noun, colour = self.concept, f"{self.colour} " if self.colour else ""
-        if self.count > 1:
+        if self.copies > 1:
             stem = f"{noun[:-1]}ie" if noun.endswith("y") and noun[-2] not in "aeiou" else noun
             noun = f"{stem}es" if noun.endswith(("s", "sh", "x")) else f"{stem}s"
-            return f"{NUMBERS[self.count]} {colour}{noun}"
+            return f"{NUMBERS[self.copies]} {colour}{noun}"
         first = (colour or noun).removeprefix("uni")  # "a unicorn"
         return f"{'an' if first[0] in 'aeiou' else 'a'} {colour}{noun}"
 
@@ -90,7 +90,7 @@ class Scene(NamedTuple):
         names = sorted(group.concept for group in self.groups)
         parts = [("pair", *names)] if len(names) > 1 else []
         parts += [("colour", group.concept, group.colour) for group in self.groups if group.colour]
-        parts += [("count", group.concept, str(group.count)) for group in self.groups if group.count > 1]
+        parts += [("count", group.concept, str(group.copies)) for group in self.groups if group.copies > 1]
         return frozenset(kind for kind, *what in parts if hash_share("/".join(("scene", kind, *what)), HELD_OUT))
 
     @property
@@ -101,18 +101,18 @@ class Scene(NamedTuple):
         coloured = any(group.colour for group in self.groups)
         if len(self.groups) > 1:
             return "color_attr" if coloured else "two_object"
-        return "counting" if self.groups[0].count > 1 else "colors" if coloured else "single_object"
+        return "counting" if self.groups[0].copies > 1 else "colors" if coloured else "single_object"
 
     @property
     def truth(self) -> dict[str, Any]:
         """As GenEval's metadata tells it: classes to find, with counts, colours and the place to the one before."""
-        include: list[dict[str, Any]] = [{"class": g.concept, "count": g.count} for g in self.groups]
+        include: list[dict[str, Any]] = [{"class": g.concept, "count": g.copies} for g in self.groups]
         for entry, group in zip(include, self.groups, strict=True):
             entry |= {"color": group.colour} if group.colour else {}
         if self.relation:  # the object that is placed comes last there
             include = include[::-1]
             include[1]["position"] = [self.relation, 0]
-        exact = [{"class": g.concept, "count": g.count + 1} for g in self.groups if g.count > 1]
+        exact = [{"class": g.concept, "count": g.copies + 1} for g in self.groups if g.copies > 1]
         return {"tag": self.task, "include": include, "exclude": exact, "prompt": self.words}
 
 
@@ -196,7 +196,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 def compose(scene: Scene, edge: int = EDGE) -> tuple[Image.Image, list[tuple[Box, Group]]]:
     """The scene's picture and each object's box."""
     generator = np.random.default_rng(scene.seed)
-    objects = [group for group in scene.groups for _ in range(group.count)]
+    objects = [group for group in scene.groups for _ in range(group.copies)]
     cut = [cut_out(group.concept, scene.style) for group in objects]
     boxes = place(generator, [picture.size for picture in cut], scene.relation)
     ground = np.asarray(GROUNDS[scene.ground], np.float32)

@@ -62,12 +62,16 @@ def _shrunk(name: str, link: str, downloads: Path, stop: threading.Event) -> Pat
         if small.exists():
             return small
         large = fetch(link, downloads, stop)
-        with tarfile.open(made, "w") as tar:
-            for file, read in entries(large):
-                if file.endswith(".jpg"):
-                    content, member = _resized(read()), tarfile.TarInfo(Path(file).name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
+        try:
+            with tarfile.open(made, "w") as tar:
+                for file, read in entries(large):
+                    if file.endswith(".jpg"):
+                        content, member = _resized(read()), tarfile.TarInfo(Path(file).name)
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+        except Rejected:  # it is read as it is, and the damage counted then
+            made.unlink()
+            return large
         made.replace(small)
         large.unlink()
     return small

@@ -61,7 +61,7 @@ def test_a_drawn_folder_keeps_the_order_and_the_truth_of_its_prompts(tmp_path: P
 def test_an_unfinished_folder_is_not_scored(tmp_path: Path) -> None:
     (tmp_path / PROMPTS).write_text(prompts_text([Prompt("a", 0), Prompt("b", 1), Prompt("c", 2)]), encoding="utf-8")
     paint(tmp_path / file_name(1), 1)
-    with pytest.raises(UserError, match="2 of 3 pictures .* not drawn yet"):
+    with pytest.raises(UserError, match="2 of 3 pictures .* not drawn"):
         PictureFolder(tmp_path)
 
 

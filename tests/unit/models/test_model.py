@@ -123,6 +123,20 @@ def test_one_euler_step_is_the_guided_denoiser(objective: EDM | Flow, text_mask:
     torch.testing.assert_close(found, clean(states, mask), atol=1e-4, rtol=1e-4)
 
 
+def test_a_negative_prompt_may_be_longer_or_shorter() -> None:
+    dit, noise = random_dit("padding"), torch.randn(2, CHANNELS, 8, 12)
+    long, short = (TextFeatures(torch.randn(2, n, TEXT_WIDTH), torch.ones(2, n, dtype=torch.bool)) for n in (5, 3))
+
+    def sample(text: TextFeatures, negative: TextFeatures, scale: float) -> torch.Tensor:
+        return sample_latents(
+            dit, EDM(), text, noise, negative=negative, guidance_scale=scale, num_inference_steps=1, sampler="euler"
+        )
+
+    for text, negative in ((long, short), (short, long)):
+        cond, uncond = (sample(each, each, 1.0) for each in (text, negative))
+        torch.testing.assert_close(sample(text, negative, 3.0), uncond + 3 * (cond - uncond), atol=1e-4, rtol=1e-4)
+
+
 def test_captions_get_the_length_of_training(parts: tuple[str, str]) -> None:
     for length in (4, 9):
         states, mask = make(parts, text_length=length).encode_prompts(["a red apple", "a"])

@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from micro_diffusion.data.loader import Loader
+from micro_diffusion.models.dit import DiT
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training import hooks
 from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.ema import follow
 from micro_diffusion.training.hooks import (
     Costs,
+    Evaluation,
     Hook,
     Moment,
     Progress,
@@ -200,3 +203,19 @@ def test_validation_does_not_depend_on_the_split_into_batches(recipe: Recipe, lo
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3675, "1:01:15")])
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_evaluation_scores_the_average_when_it_is_due(recipe: Recipe) -> None:
+    state = first_state(recipe, downscale=8, device=torch.device("cpu"))
+    asked = list[DiT]()
+
+    def score(dit: DiT) -> dict[str, float]:
+        asked.append(dit)
+        return {"top-1": 0.25}
+
+    hook, moment = Evaluation(score, every=24), Moment(recipe.stages[0], before=8, after=16, stage_ends=False)
+    assert hook.after_step(state, moment) == {} and not asked
+    assert hook.after_step(state, replace(moment, before=16, after=24)) == {"evaluation/top-1": 0.25}
+    state.ema = follow(None, state.dit, replace(recipe.stages[0], ema_halflife_images=8), images=8)
+    hook.after_step(state, replace(moment, stage_ends=True))
+    assert state.ema is not None and asked == [state.dit, state.ema.dit]

@@ -1,5 +1,7 @@
 """The paper's data sets: small archives in the real layouts, served as their sites serve them, become records."""
 
+from pathlib import Path
+
 import archives
 import pytest
 from archives import Server
@@ -61,6 +63,16 @@ def test_sa1b(site, tmp_path):
     assert len(site.asked) == asked
     with pytest.raises(UserError, match="no list of links"):
         SOURCES["sa1b"]("none.txt", downloads=tmp_path)
+
+
+def test_a_damaged_tar_of_sa1b_is_counted_and_the_rest_kept(site, tmp_path):
+    archives.sa1b(site.root, site.address)
+    first = site.root / "sa_000000.tar"
+    first.write_bytes(first.read_bytes()[: int(first.stat().st_size * 0.6)])
+    options = {"downloads": tmp_path / "down", "table": f"{site.address}/SA1B_caption.tar.gz"}
+    wanted, others = found(SOURCES["sa1b"](str(site.root / "links.txt"), **options))
+    assert ("sa_000000.tar", "archive is damaged") in [(Path(key).name, why) for key, why in others]
+    assert 4 < len(wanted) < 9 and wanted[-1][0] == "sa_000001/sa_10.jpg"
 
 
 def test_journeydb(site, tmp_path):

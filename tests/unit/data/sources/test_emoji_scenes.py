@@ -80,7 +80,7 @@ def test_picture_and_truth_agree(task):
         assert verdict(scene.truth, found).correct, (scene, found)
         assert not verdict(scene.truth, found[1:]).correct
         if scene.relation:
-            assert relative_position(boxes[0], boxes[1]) == {scene.relation}
+            assert relative_position(boxes[0], boxes[1]) == [scene.relation]
 
 
 def test_a_wrong_colour_count_or_place_is_not_the_truth():

@@ -1,0 +1,269 @@
+"""Put the tables of docs/results.md together from the files in benchmarks/results; the text between is hand-written.
+
+    python scripts/results.py                                   rewrite the tables
+    python scripts/results.py --check                           tell whether they are out of step
+    python scripts/results.py --add step.json step-h100.json    take in a new measurement under that name, and rewrite
+
+A table stands between `<!-- table: step-h100.json -->` and `<!-- end -->`. The newest measurement has that name; those
+before it stay beside it as step-h100.COMMIT.json, and their rows follow, each with its commit.
+"""
+
+import argparse
+import json
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).parents[1]
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+MARKED = re.compile(r"<!-- table: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+
+Row = Mapping[str, str]
+"""A table's row: text by column. Tables have the columns of all their rows, but for those that are empty."""
+
+
+class Measurement(NamedTuple):
+    """A file of results; `data` is what it holds, of a log the list of its rows."""
+
+    path: Path
+    data: Any
+
+    def told(self, key: str) -> str:
+        """Device, torch, commit or date, where the file tells it."""
+        data = self.data if isinstance(self.data, dict) else {}
+        machine = data.get("machine", {})
+        return str(machine.get(key) or data.get(key) or "")
+
+
+def number(value: float) -> str:
+    """Three digits, or all whole ones."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def measured(value: float | None, unit: str = "") -> str:
+    """A number with its unit; nothing where there is none."""
+    return "" if value is None else f"{number(value)}{unit}"
+
+
+def stage(row: Mapping[str, Any]) -> str:
+    return f"{8 * row['latent_size']} px, mask {row['mask_ratio']:g}"
+
+
+def step(data: Any) -> list[list[Row]]:
+    """Speed and memory of each case; then, where it was profiled, milliseconds of a step by kind of kernel."""
+    rows, speeds, kinds = data["rows"], list[Row](), list[Row]()
+    paths = [row.get("path") or ("one-hot" if row["one_hot"] else "by index") for row in rows]
+    bases = {(row["preset"], stage(row)): row for row, path in zip(rows, paths, strict=True) if path == "one-hot"}
+    for row, path in zip(rows, paths, strict=True):
+        base, profile, used = bases.get((row["preset"], stage(row))), row.get("profile"), row.get("utilisation")
+        case = {"model": row["preset"], "stage": stage(row), "path": path}
+        speeds.append(case | {
+            "images/s": number(row["images_per_second"]),
+            "of one-hot": f"{row['images_per_second'] / base['images_per_second']:.2f}" if base else "",
+            "TFLOP/s": number(row["tflops_per_second"]),
+            "of the peak": f"{used:.1%}" if used else "",
+            "peak memory": measured(row["peak_memory_gb"], " GB"),
+            "launches": f"{profile['launches']:,}" if profile else "",
+            "first three steps": measured(row["first_three_steps_seconds"], " s"),
+        })  # fmt: skip
+        if profile:
+            wall = 1e3 * statistics.median(row["step_seconds"])
+            times = {kind: number(ms) for kind, ms in profile["kinds_ms"].items()}
+            kinds.append(case | times | {"kernels": number(profile["kernel_ms"]), "wall": number(wall)})
+    return [speeds, kinds]
+
+
+def sampler(data: Any) -> list[list[Row]]:
+    """Pictures a second: a row for each mode, a column for each size and batch."""
+    table: dict[str, dict[str, str]] = {}
+    for row in data["rows"]:
+        cells = table.setdefault(row["mode"], {"pictures/s": row["mode"].replace("-", " ")})
+        cells[f"{row['pixels']} px, batch {row['batch']}"] = number(row["pictures_per_second"])
+    return [list(table.values())]
+
+
+def numerics(data: Any) -> list[list[Row]]:
+    """Errors against float32 with their ratios to the plain path's; then the last losses of training."""
+    errors = [
+        {"model": row["preset"], "mask ratio": f"{row['mask_ratio']:g}", "path": path}
+        | {kind: f"{value:.2g} ({row['ratios'][path][kind]:.2f})" for kind, value in values.items()}
+        for row in data.get("errors", [])
+        for path, values in row["errors"].items()
+    ]
+    tables: list[list[Row]] = [errors]
+    if training := data.get("training"):
+        losses = {f"last loss, {path}": f"{loss:.4f}" for path, loss in training["last_loss"].items()}
+        case = {"model": training["preset"], "steps": str(training["steps"])}
+        tables.append([case | losses | {"apart": f"{training['difference']:+.2%}"}])
+    return tables
+
+
+def twins(data: Any) -> list[list[Row]]:
+    """Milliseconds of forward + backward by path."""
+    return [[
+        {"kernel": row["kernel"], "images x patches": f"{row['images']} x {row['tokens']}"}
+        | {f"{path}, ms": f"{one:.3f} + {both - one:.3f}" for path, (one, both) in row["ms"].items()}
+        for row in data["rows"]
+    ]]  # fmt: skip
+
+
+def loader(data: Any) -> list[list[Row]]:
+    return [[
+        {"tokens": str(row["tokens"]), "text": row["text"], "pixels": str(row["resolution"]),
+         "samples/s": f"{row['samples_per_second']:,}", "stored": f"{row['stored_kB_per_sample']:g} kB"}
+        for row in data["results"]
+    ]]  # fmt: skip
+
+
+def quickstart(data: Any) -> list[list[Row]]:
+    seconds = data["seconds"]
+    parts = ", ".join(f"{value:.0f} s {name}" for name, value in seconds.items())
+    rows = (
+        ("captions whose picture is nearest to its own true picture", "95%",
+         f"{data['nearest_is_own']:.0%} of {data['pictures']}"),
+        ("median PSNR", "27 dB", f"{data['median_psnr_db']:.1f} dB"),
+        ("peak memory", "6 GB", f"{data['peak_memory_gb']:.1f} GB"),
+        ("time", "10 min", f"{sum(seconds.values()) / 60:.1f} min ({parts}), and loading"),
+    )  # fmt: skip
+    return [[{" ": name, "target": target, "measured": found} for name, target, found in rows]]
+
+
+def emoji(data: Any) -> list[list[Row]]:
+    """Median speed of each stage, and the loss on held-out rows at its end."""
+    stages: dict[str, list[Any]] = {}
+    for row in data:
+        stages.setdefault(row["stage"], []).append(row)
+    return [[
+        {"stage": name, "images/s": number(statistics.median_high(row["images_per_second"] for row in rows)),
+         "loss on held-out rows, no mask, at its end":
+             f"{[row['validation'] for row in rows if 'validation' in row][-1]:.3f}"}
+        for name, rows in stages.items()
+    ]]  # fmt: skip
+
+
+def autoencoder(data: Any) -> list[list[Row]]:
+    rows: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+        ("held-out concepts at 128 px, mean PSNR", "33.5 dB", lambda part: f"{part['held_out_concepts_db']:.1f} dB"),
+        ("openmoji, a style that it never saw (400 pictures, not shipped)", "26 dB",
+         lambda part: f"{part['unseen_style_db']:.1f} dB"),
+        ("training split", "", lambda part: f"{part['train_db']:.1f} dB"),
+        ("size of the folder", "6 MB", lambda part: f"{part['bytes'] / 1e6:.1f} MB"),
+        ("pictures seen", "", lambda part: f"{part['images']:,}"),
+        ("seconds", "", lambda part: f"{part['seconds']:.0f}"),
+    )  # fmt: skip
+    return [[
+        {" ": name, "target": target} | {part: cell(values) for part, values in data.items()}
+        for name, target, cell in rows
+    ]]  # fmt: skip
+
+
+def rehearsal(data: Any) -> list[list[Row]]:
+    rows = (
+        ("four pictures", "{}_s", " s"),
+        ("first call, 2 steps", "{}_first_call_2_steps_s", " s"),
+        ("peak GPU memory", "{}_peak_gb", " GB"),
+        ("error of the latents against float32, relative to that of plain bf16 autocast", "bf16_{}_error_ratio", ""),
+        ("the same for a single call of the network", "bf16_{}_call_error_ratio", ""),
+    )
+    modes = ("eager", "compiled")
+    return [[
+        {" ": name} | {mode: measured(data[key.format(mode)], unit) for mode in modes} for name, key, unit in rows
+    ]]  # fmt: skip
+
+
+TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
+    "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
+    "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
+}  # fmt: skip
+"""By the first word of a file's name: its tables, made of what it holds."""
+
+
+def read(path: Path) -> Measurement:
+    text = path.read_text()
+    return Measurement(
+        path, [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    )
+
+
+def history(path: Path) -> list[Measurement]:
+    """The measurement of that name, and those before it, newest first."""
+    older = map(read, path.parent.glob(f"{path.stem}.*{path.suffix}"))
+    return [read(path), *sorted(older, key=lambda one: (one.told("date"), one.path.name), reverse=True)]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table; columns without a single cell are left out."""
+    columns = [
+        name for name in dict.fromkeys(name for row in rows for name in row) if any(row.get(name) for row in rows)
+    ]
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def tables(path: Path) -> str:
+    """What stands between a file's marks: where its numbers come from, and its tables."""
+    found = history(path)
+    kind = TABLES[path.name.split("-")[0]]
+    made = [kind(one.data) for one in found]
+    sources = []
+    for one in found:
+        torch, commit = one.told("torch"), one.told("commit")
+        facts = [one.told("device"), torch and f"torch {torch}", commit and f"commit {commit}", one.told("date")]
+        link = f"[{one.path.name}](../benchmarks/results/{one.path.name})"
+        sources.append(": ".join(filter(None, [link, ", ".join(filter(None, facts))])))
+    text = "; ".join(sources) + ".\n"
+    for index in range(max(map(len, made))):
+        rows = [
+            row | ({"commit": one.told("commit") or one.path.name} if len(found) > 1 else {})
+            for one, its in zip(found, made, strict=True)
+            for row in (its[index] if index < len(its) else ())
+        ]
+        text += f"\n{markdown(rows)}" if rows else ""
+    return text
+
+
+def rendered(page: str, results: Path = RESULTS) -> str:
+    """The page with its tables made anew; ValueError for a mark without an end."""
+    if page.count("<!-- table:") != len(MARKED.findall(page)):
+        raise ValueError("a table's mark has no <!-- end --> or is not alone on its line")
+    return MARKED.sub(lambda mark: f"<!-- table: {mark[1]} -->\n\n{tables(results / mark[1])}\n<!-- end -->", page)
+
+
+def add(new: Path, name: str, results: Path = RESULTS) -> None:
+    """Take in a measurement; the one that had the name gets its commit, or else its day, into it."""
+    if name.split("-")[0] not in TABLES:
+        raise SystemExit(f"{name!r} is none of {', '.join(TABLES)}, a hyphen and a machine: there is no table for it")
+    path = results / name
+    if path.exists():
+        old = read(path)
+        label = old.told("commit") or old.told("date") or "before"
+        kept = path.with_name(f"{path.stem}.{label}{path.suffix}")
+        if kept.exists():
+            raise SystemExit(f"{kept} is there already: give it another name first")
+        path.rename(kept)
+    shutil.copyfile(new, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if something would change")
+    parser.add_argument("--add", nargs=2, metavar=("FILE", "NAME"))
+    asked = parser.parse_args()
+    if asked.add:
+        add(Path(asked.add[0]), asked.add[1])
+    page = PAGE.read_text()
+    new = rendered(page)
+    if asked.check:
+        raise SystemExit(0 if new == page else "docs/results.md is out of step: python scripts/results.py")
+    PAGE.write_text(new)
+    unused = {path.name for path in RESULTS.glob("*.json*")} - {one.path.name for name in MARKED.findall(new)
+                                                               for one in history(RESULTS / name)}  # fmt: skip
+    if unused:
+        print(f"without a table on the page: {', '.join(sorted(unused))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""docs/results.md is in step with the files of numbers; and what the benchmarks make of a profile."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.breakdown import breakdown, kind_of
+from scripts import results
+
+
+def test_the_page_is_in_step_with_the_files() -> None:
+    page = results.PAGE.read_text()
+    assert results.rendered(page) == page, "python scripts/results.py"
+
+
+def test_every_file_of_results_is_on_the_page() -> None:
+    shown = {one.path for name in results.MARKED.findall(results.PAGE.read_text())
+             for one in results.history(results.RESULTS / name)}  # fmt: skip
+    assert shown == set(results.RESULTS.glob("*.json*"))
+
+
+def step_file(commit: str, speed: float, *, profile: bool) -> str:
+    kinds = {"launches": 1234, "kernel_ms": 190.0, "kinds_ms": {"gemm": 98.2, "other": 0.04}}
+    rows = [
+        {"preset": "XL", "latent_size": 32, "mask_ratio": 0.75, "path": path, "images_per_second": images,
+         "tflops_per_second": 347.3, "utilisation": 0.351, "peak_memory_gb": 65.54, "step_seconds": [0.3, 0.2, 0.1],
+         "first_three_steps_seconds": 171.8, "profile": kinds if profile else None}
+        for path, images in (("fast", speed), ("one-hot", 1000.0))
+    ]  # fmt: skip
+    return json.dumps({"machine": {"device": "A GPU", "torch": "2.11.0", "commit": commit}, "rows": rows})
+
+
+def test_a_new_measurement_stands_above_the_ones_before_it(tmp_path: Path) -> None:
+    for commit, speed in (("aaa1111", 1100.0), ("bbb2222", 1250.0)):
+        (tmp_path / "new.json").write_text(step_file(commit, speed, profile=commit == "bbb2222"))
+        results.add(tmp_path / "new.json", "step-gpu.json", tmp_path)
+    assert (tmp_path / "step-gpu.aaa1111.json").exists()
+    page = results.rendered("before\n<!-- table: step-gpu.json -->\nold\n<!-- end -->\nafter\n", tmp_path)
+    lines = page.splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after") and "old" not in lines
+    assert results.rendered(page, tmp_path) == page
+    assert "[step-gpu.json](../benchmarks/results/step-gpu.json): A GPU, torch 2.11.0, commit bbb2222" in page
+    fast = [line for line in lines if "| fast |" in line]
+    assert fast == [
+        "| XL | 256 px, mask 0.75 | fast | 1,250 | 1.25 | 347 | 35.1% | 65.5 GB | 1,234 | 172 s | bbb2222 |",
+        "| XL | 256 px, mask 0.75 | fast | 1,100 | 1.10 | 347 | 35.1% | 65.5 GB |  | 172 s | aaa1111 |",
+        "| XL | 256 px, mask 0.75 | fast | 98.2 | 0.04 | 190 | 200 | bbb2222 |",
+    ]
+
+
+def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="<!-- end -->"):
+        results.rendered("<!-- table: step-gpu.json -->\n| a |\n", tmp_path)
+
+
+def test_a_measurement_of_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "new.json").write_text("{}")
+    with pytest.raises(SystemExit, match="there is no table for it"):
+        results.add(tmp_path / "new.json", "speed-gpu.json", tmp_path)
+    assert not (tmp_path / "speed-gpu.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NNT", "gemm"),
+        ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_32x32_64x2_nn_align8>", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>", "gemm"),
+        ("triton_tem_fused_bmm_3", "gemm"),
+        ("aten::addmm", "gemm"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_kernel<Flash_bwd_traits<64, cutlass::bfloat16_t>>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x64x64", "attention"),
+        ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80(PyTorchMemEffAttention)", "attention"),
+        ("_attention_grad_kernel_2", "attention"),
+        ("_gather_kernel", "gather/scatter"),
+        ("_sum_kernel_1", "gather/scatter"),
+        ("triton_poi_fused_gather_12", "gather/scatter"),
+        ("triton_per_fused_sort_5", "gather/scatter"),
+        ("void at::native::sbtopk::gatherTopK<float, unsigned int, 2, false>", "gather/scatter"),
+        ("aten::index_add_", "gather/scatter"),
+        ("_add_norm_kernel_0", "reductions"),
+        ("triton_red_fused__to_copy_add_mul_native_layer_norm_7", "reductions"),
+        ("triton_per_fused_addmm_native_layer_norm_sum_7", "reductions"),
+        ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>", "reductions"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer + clip"),
+        ("void at::native::lpnorm_cleanup<float, (at::native::NormType)1>", "optimizer + clip"),
+        ("triton_poi_fused_addmm_gelu_9", "pointwise"),
+        ("triton_poi_fused__to_copy_mul_silu_9", "pointwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "pointwise"),
+        ("triton_poi_fused__to_copy_31", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>", "copies"),
+        ("something_else", "other"),
+    ],
+)  # fmt: skip
+def test_kinds_of_kernels(kernel: str, kind: str) -> None:
+    assert kind_of(kernel) == kind
+
+
+def test_a_profile_counts_every_kernel_once() -> None:
+    x = torch.randn(8, 8)
+    found = breakdown(lambda: (x @ x).softmax(dim=0).sum(), steps=3, gpu=False)
+    kinds = found["kinds_ms"]
+    assert kinds["gemm"] > 0 and kinds["reductions"] > 0 and kinds["attention"] == 0
+    assert sum(kinds.values()) == pytest.approx(found["kernel_ms"], abs=0.01)
+    launches = {row["kernel"]: row["launches"] for row in found["largest"]}
+    assert launches["aten::mm"] == 1 and launches["aten::_softmax"] == 1
