@@ -11,6 +11,7 @@ and what is there is not run again. Without --recipes the data are only prepared
 
 import argparse
 import copy
+import hashlib
 import itertools
 import json
 import os
@@ -43,7 +44,7 @@ from micro_diffusion.training.stages import State
 if TYPE_CHECKING:
     from benchmarks.quality_score import Sampling
 
-SPARE = 75.0  # seconds that the first run of a command may need besides training; later ones are known
+SPARE = 75.0  # seconds that a run may need besides training: to compile, validate, score
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,10 @@ def write_run(
 
 
 def name_of(job: Job) -> str:
-    """`baseline-0.0016-seed-1-95s`."""
+    """`baseline-0.0016-seed-1-95s-scenes-0.5`; other settings are told apart by their hash."""
     rate = [] if job.rate is None else [f"{job.rate:g}"]
-    return "-".join([job.recipe, *rate, "seed", str(job.seed), f"{job.seconds:g}s"])
+    other = [hashlib.sha256(json.dumps(job.settings).encode()).hexdigest()[:6]] if job.settings else []
+    return "-".join([job.recipe, *rate, f"seed-{job.seed}", f"{job.seconds:g}s", f"scenes-{job.scenes:g}", *other])
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
@@ -304,7 +306,7 @@ def main() -> None:
             print(f"{name_of(job)} is left for another time", flush=True)
         else:
             row = bench.do(job)
-            besides = row["seconds_besides"]
+            besides = max(besides, row["seconds_besides"])
             append(args.out, row)
             print(summary(row), flush=True)
     for folder in args.rescore:

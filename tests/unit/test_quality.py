@@ -71,8 +71,11 @@ def test_a_run_is_found_again_by_what_was_asked() -> None:
     job = Job("baseline", 1e-3, 1, 95.0, 0.5, ("weight_decay=0.01",))
     recipe = job.make()
     assert (recipe.seed, recipe.weight_decay, recipe.stages[0].learning_rate) == (1, 0.01, 1e-3)
-    assert job.asked()["settings"] == ["weight_decay=0.01"] and name_of(job) == "baseline-0.001-seed-1-95s"
-    assert {name_of(replace(job, seed=2)), name_of(replace(job, rate=None))}.isdisjoint({name_of(job)})
+    assert job.asked()["settings"] == ["weight_decay=0.01"]
+    assert name_of(job).startswith("baseline-0.001-seed-1-95s-scenes-0.5-")
+    changes = {"recipe": "averages", "rate": None, "seed": 2, "seconds": 9.0, "scenes": 0.4, "settings": ()}
+    names = {name_of(replace(job, **{key: value})) for key, value in changes.items()}
+    assert len(names | {name_of(job)}) == len(changes) + 1
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
