@@ -124,7 +124,7 @@ class Trainer:
                     steps(PROFILED)
                 kernels = [event for event in watched.key_averages() if event.device_type == DeviceType.CUDA]
                 busy = sum(event.self_device_time_total for event in kernels) / 1e6 / PROFILED
-                idle = 1 - busy / seconds
+                idle = 1 - busy / seconds if busy else None  # no kernel at all: the profiler does not work here
             self.speeds[key] = Speed(stage.batch_size / seconds, idle, compiled)
         return self.speeds[key]
 
