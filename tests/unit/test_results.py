@@ -56,7 +56,8 @@ def test_quality_is_a_table_of_losses_and_one_of_scores(tmp_path: Path) -> None:
         "asked": {"recipe": "mask-50", "rate": None, "seed": 1, "scenes": 0.5, "settings": []}, "seconds_used": 94.9,
         "images": 1_234_567, "recipe": {"stages": [{"learning_rate": 0.0016}]},
         "validation": {"average": {"slice": 0.25, "held-out pairs": 0.3}},
-        "scores": [{"weights": "average", **scores}], "machine": {"device": "A GPU", "torch": "2.11.0", "commit": "abc"},
+        "scores": [{"weights": "average", **scores}],
+        "machine": {"device": "A GPU", "torch": "2.11.0", "commit": "abc"},
     }  # fmt: skip
     lines = (json.dumps(row) + "\n" for row in (run, {"model": "kept", **scores}))
     (tmp_path / "quality-gpu.jsonl").write_text("".join(lines))
