@@ -19,6 +19,7 @@ from micro_diffusion.data.records import Record, hash_share
 from micro_diffusion.data.sources.emoji import emoji_records
 from micro_diffusion.data.sources.emoji_scenes import CONCEPTS, Scene, bitmap, scenes
 from micro_diffusion.data.store import Store
+from micro_diffusion.evaluation.emoji import SEEN
 from micro_diffusion.models.autoencoders import load_autoencoder
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.models.text_encoders import load_text_encoder
@@ -44,18 +45,20 @@ class Data:
 
 def drawings(data: Data, shard: int) -> Iterator[Record]:
     """Every n-th record. Of some training drawings the copies are left out, and the drawing is of the split `slice`."""
-    original, number, every = "", -1, sum(1 for _ in emoji_records()) // data.limit if data.limit else 1
+    original, number, aside = "", -1, False
+    every = sum(1 for _ in emoji_records()) // data.limit if data.limit else 1
     for index, record in enumerate(emoji_records(augment=data.augment)):
         if not record.key.startswith(f"{original}/"):
             original, number = record.key, number + 1
-        aside = record.split == "train" and in_slice(original)
+            aside = record.split == "train" and in_slice(original, str(record.captions[0].text))
         if index % data.processes == shard and number % every == 0 and not (aside and record.key != original):
             yield replace(record, split="slice") if aside else record
 
 
-def in_slice(key: str) -> bool:
-    """Whether a training drawing, by its key STYLE/CONCEPT, is kept to choose by."""
-    return key.partition("/")[2] not in CONCEPTS and hash_share(f"slice/{key}", SLICE)
+def in_slice(key: str, caption: str) -> bool:
+    """Whether a training drawing, STYLE/CONCEPT, is kept to choose by: none that a scene or the benchmark asks for."""
+    asked = key.partition("/")[2] in CONCEPTS or hash_share(f"seen/{caption}", SEEN)
+    return not asked and hash_share(f"slice/{key}", SLICE)
 
 
 def composed(data: Data, shard: int) -> Iterator[Record]:

@@ -10,6 +10,7 @@ from benchmarks.quality import Job, interval, jobs, name_of
 from benchmarks.quality_data import Data, Held, composed, drawings, examples, in_slice
 from benchmarks.quality_train import Trainer, at_rate, fitted
 from micro_diffusion.data.sources.emoji_scenes import CONCEPTS
+from micro_diffusion.evaluation.emoji import EmojiBenchmark
 from micro_diffusion.recipes.ablations import ABLATIONS
 from micro_diffusion.recipes.recipe import RECIPES
 from micro_diffusion.runtime.files import UserError
@@ -127,9 +128,11 @@ def test_the_slice_is_small_and_no_scene_shows_it() -> None:
     records = list(drawings(Data(augment=1, scenes=1, limit=500, processes=1), 0))
     assert len({record.key for record in records}) == len(records)
     aside = [record for record in records if record.split == "slice"]
+    asked = {row["caption"] for row in EmojiBenchmark().rows}
     assert 0 < len(aside) < 0.06 * len(records)
     for record in aside:
-        assert in_slice(record.key) and record.key.partition("/")[2] not in CONCEPTS
+        assert in_slice(record.key, record.captions[0].text) and record.key.partition("/")[2] not in CONCEPTS
+        assert record.captions[0].text not in asked  # so what the benchmark calls seen is
         assert not any(other.key.startswith(f"{record.key}/") for other in records)  # no copy of it
     assert {record.split for record in records} == {"train", "slice", "held_out_pair", "held_out_concept"}
 
