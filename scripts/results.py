@@ -33,7 +33,7 @@ class Measurement(NamedTuple):
 
     def told(self, key: str) -> str:
         """Device, torch, commit or date, where the file tells it."""
-        data = self.data if isinstance(self.data, dict) else {}
+        data = self.data if isinstance(self.data, dict) else self.data[0]
         machine = data.get("machine", {})
         return str(machine.get(key) or data.get(key) or "")
 
@@ -174,9 +174,35 @@ def rehearsal(data: Any) -> list[list[Row]]:
     ]]  # fmt: skip
 
 
+def quality(data: Any) -> list[list[Row]]:
+    """Losses of each run at equal cost; then what the judges say of it, and of saved models, by way of sampling."""
+    losses, scores = list[Row](), list[Row]()
+    for row in data:
+        name = {"model": row.get("model", "")}
+        if asked := row.get("asked"):
+            rate = asked["rate"] or row["recipe"]["stages"][0]["learning_rate"]
+            name = {"recipe": " ".join([asked["recipe"], *asked["settings"]]), "rate": f"{rate:g}"}
+            name |= {"scenes": f"{asked['scenes']:.0%}", "seed": str(asked["seed"])}
+            losses += [
+                name
+                | {"weights": weights, "GPU-seconds": f"{row['seconds_used']:.0f}", "images": f"{row['images']:,}"}
+                | {f"loss, {kind}": f"{value:.4f}" for kind, value in found.items()}
+                for weights, found in row["validation"].items()
+            ]
+        for score in row.get("scores", [row]):
+            told = {key: score.get(key, "") for key in ("weights", "sampling")}
+            scores.append(name | told | {key: f"{score[key]:.1%}" for key in SCORES})
+    return [losses, scores]
+
+
+SCORES = ("concept top-1, held-out pairs", "concept top-5, held-out pairs", "style, held-out pairs",
+          "concept top-1, held-out concepts", "both, seen pairs", "overall")  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
+    "quality": quality,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 

@@ -62,8 +62,9 @@ class Sampling:
 class Generate(Sampling):
     """Draw pictures for prompts: one PNG each, and grid.png with the prompts under the pictures."""
 
-    model: Annotated[Path, arg(metavar="NAME_OR_PATH", aliases=("--checkpoint",))]
-    """A run, a model or pipeline folder, a .pt or .safetensors file, a released model's name, or a name on the hub."""
+    model: Annotated[Path, arg(metavar="NAME_OR_PATH", aliases=("--checkpoint",))] = Path("embedded")
+    """A run, a model or pipeline folder, a .pt or .safetensors file, a released model's name, or a name on the hub;
+    embedded: the small one that ships with the package."""
     prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT ...]")] = ()
     """What to draw."""
     prompts_file: Path | None = None

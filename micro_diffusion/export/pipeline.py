@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from micro_diffusion.models.checkpoints import ModelCard
+from micro_diffusion.models.checkpoints import EMBEDDED, ModelCard, load_checkpoint
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.model import LatentDiffusion
 
@@ -39,6 +39,14 @@ class MicroDiffusionPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer)
         self.model = LatentDiffusion.from_card(transformer.dit, transformer.card)
+
+    @classmethod
+    def from_embedded(cls) -> "MicroDiffusionPipeline":
+        """The model that ships with the package, in float32; UserError where there is none."""
+        dit, card = load_checkpoint(EMBEDDED)
+        transformer = MicroDiTModel(card=json.loads(card.to_json()))
+        transformer.dit.load_state_dict(dit.state_dict())
+        return cls(transformer)
 
     @property
     def vae(self) -> Any:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import micro_diffusion.embedded
 from micro_diffusion.diffusion.objectives import EDM, OBJECTIVES, Flow
 from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.models.pos_embed import sincos_2d
@@ -34,6 +35,7 @@ SDXL, OSTRIS = "stabilityai/stable-diffusion-xl-base-1.0", "ostris/vae-kl-f8-d16
 AUTOENCODERS = {4: SDXL, 16: OSTRIS}  # of official checkpoints, by channels
 TEXT_ENCODERS = {1024: (DFN5B, 77), 4096: (f"{T5_XXL}?mask=none", 120)}  # by width, with their positions
 HUB = "VSehwag24/MicroDiT"
+EMBEDDED, SHIPPED = "embedded", Path(micro_diffusion.embedded.__path__[0], "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,10 @@ def read_checkpoint(
 ) -> tuple[dict[str, Tensor], ModelCard]:
     """The tensors, as they are stored, and the card of a run, a model or pipeline folder, a .pt or .safetensors file.
 
-    `name` is a path, a released model's file name, or on the hub `OWNER/NAME` (a folder) or `OWNER/NAME/FILE`. A file
-    with a .json of the same name beside it is described by that, any other by its shapes. `autoencoder` and
-    `text_encoder` name other parts than the card. Raises UserError for what is not there, damaged or of no known shape.
+    `name` is a path, `embedded` (what ships with the package), a released model's file name, or on the hub `OWNER/NAME`
+    (a folder) or `OWNER/NAME/FILE`. A file with a .json of the same name beside it is described by that, any other by
+    its shapes. `autoencoder` and `text_encoder` name other parts than the card. Raises UserError for what is not there,
+    damaged or of no known shape.
     """
     path = _find(name)
     if path.is_dir():
@@ -183,7 +186,9 @@ def hash_tensors(weights: Mapping[str, Tensor]) -> str:
 
 
 def _find(name: str) -> Path:
-    path = Path(name)
+    if name == EMBEDDED and not SHIPPED.is_dir():
+        raise UserError("This package has no checkpoint in it; name one with --model, or: micro-diffusion quickstart.")
+    path = SHIPPED if name == EMBEDDED else Path(name)
     if path.exists():
         return path
     file = path.name if path.name in RELEASED else f"{path.name}.pt"

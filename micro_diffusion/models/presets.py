@@ -73,6 +73,11 @@ PRESETS = {
         dim=320, depth=10, mixer_dim=256, mixer_depth=2, head_dim=32, patch_size=2, multiple_of=64, num_experts=4,
         input_size=16, caption_channels=384, text_mask="padding",
     ),
+    "MicroDiT_Mini_2": Preset(
+        "About 8 M parameters: fits in a package as float16, and draws in seconds on two CPU cores.",
+        dim=192, depth=8, mixer_dim=160, mixer_depth=1, head_dim=32, patch_size=2, multiple_of=32, num_experts=4,
+        input_size=16, caption_channels=384, text_mask="padding",
+    ),
     "MicroDiT_Nano_4": Preset(
         "About 3 M parameters, patches of 4: two CPU cores, in minutes.",
         dim=160, depth=4, mixer_dim=128, mixer_depth=1, head_dim=32, patch_size=4, multiple_of=32, num_experts=4,

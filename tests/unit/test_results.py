@@ -63,6 +63,25 @@ def test_parts_of_a_measurement_are_put_together(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("step-gpu*")] == ["step-gpu.json"]
 
 
+def test_quality_is_a_table_of_losses_and_one_of_scores(tmp_path: Path) -> None:
+    scores = dict.fromkeys(results.SCORES, 0.5) | {"sampling": "30 Heun steps, guidance 2"}
+    run = {
+        "asked": {"recipe": "mask-50", "rate": None, "seed": 1, "scenes": 0.5, "settings": []}, "seconds_used": 94.9,
+        "images": 1_234_567, "recipe": {"stages": [{"learning_rate": 0.0016}]},
+        "validation": {"average": {"slice": 0.25, "held-out pairs": 0.3}},
+        "scores": [{"weights": "average", **scores}],
+        "machine": {"device": "A GPU", "torch": "2.11.0", "commit": "abc"},
+    }  # fmt: skip
+    lines = (json.dumps(row) + "\n" for row in (run, {"model": "kept", **scores}))
+    (tmp_path / "quality-gpu.jsonl").write_text("".join(lines))
+    page = results.rendered("<!-- table: quality-gpu.jsonl -->\n<!-- end -->\n", tmp_path)
+    assert "quality-gpu.jsonl): A GPU, torch 2.11.0, commit abc." in page
+    assert "| mask-50 | 0.0016 | 50% | 1 | average | 95 | 1,234,567 | 0.2500 | 0.3000 |" in page
+    shares = "| 50.0% " * len(results.SCORES) + "|"
+    assert f"| mask-50 | 0.0016 | 50% | 1 | average | 30 Heun steps, guidance 2 {shares}" in page
+    assert f"|  |  |  |  |  | 30 Heun steps, guidance 2 {shares[:-1]}| kept |" in page
+
+
 def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="<!-- end -->"):
         results.rendered("<!-- table: step-gpu.json -->\n| a |\n", tmp_path)

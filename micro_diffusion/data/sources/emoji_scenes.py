@@ -6,7 +6,7 @@ concepts, tinted concepts and counts of a concept are held out: no scene for tra
 
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -136,9 +136,11 @@ def draw_scene(generator: np.random.Generator, *, task: str | None = None) -> Sc
     return Scene(tuple(groups), place, style, str(generator.choice(tuple(GROUNDS))), int(generator.integers(2**62)))
 
 
-def scenes(seed: int, *, task: str | None = None, wanted: Callable[[Scene], bool]) -> Iterator[Scene]:
-    """An endless row of the scenes that are `wanted`, always the same; the i-th does not depend on those before it."""
-    for index in itertools.count():
+def scenes(
+    seed: int, *, task: str | None = None, wanted: Callable[[Scene], bool], indices: Iterable[int] | None = None
+) -> Iterator[Scene]:
+    """Scenes that are `wanted`, an endless row or those at `indices` of it; none depends on those before it."""
+    for index in itertools.count() if indices is None else indices:
         generator = np.random.default_rng(derive_seed(seed, f"scene/{task}", index))
         yield next(scene for _ in itertools.count() if wanted(scene := draw_scene(generator, task=task)))
 
@@ -148,10 +150,11 @@ def emoji_scene_records(*, count: int = 100_000) -> Iterator[Record]:
     if count < 1:
         raise UserError(f"count is a number of scenes, not {count}.")
     for index, scene in enumerate(itertools.islice(scenes(0, wanted=lambda scene: not scene.held_out), count)):
-        yield Record(f"scene/{index}", partial(_bitmap, scene), scene.captions, "emoji-scenes")
+        yield Record(f"scene/{index}", partial(bitmap, scene), scene.captions, "emoji-scenes")
 
 
-def _bitmap(scene: Scene) -> bytes:
+def bitmap(scene: Scene) -> bytes:
+    """The scene's picture as a file."""
     buffer = io.BytesIO()
     compose(scene)[0].save(buffer, "BMP")  # no time lost on compression
     return buffer.getvalue()

@@ -101,7 +101,8 @@ def test_a_benchmark_with_its_report(model: Path, tmp_path: Path, capsys: pytest
     assert scores["protocol"] == "Mean of all pixels." and len(scores["each"]["brightness"]) == 10
     assert scores["numbers"]["brightness"] == pytest.approx(np.mean(scores["each"]["brightness"]))
     assert point["made"]["steps"] == 1 and point["made"]["model"] == str(model)
-    assert f"brightness {scores['numbers']['brightness']:.4g} (Mean of all pixels.)" in shown.out
+    assert "guidance 3, brightness (Mean of all pixels.):" in shown.out
+    assert f"  {scores['numbers']['brightness']:<10.4g} brightness" in shown.out
     assert "not comparable: few" in shown.err
     page = (tmp_path / "o" / "report.html").read_text()
     for words in ("Mean of all pixels.", "Not comparable: few", "Best by brightness", "Median by", "Worst by"):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_parts import CHANNELS, TEXT_WIDTH, dit_config
 
 from micro_diffusion.diffusion.objectives import EDM, Flow
+from micro_diffusion.models import checkpoints
 from micro_diffusion.models.checkpoints import CONFIG, WEIGHTS, ModelCard, Part, load_checkpoint, write_folder
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.runtime.files import UserError
@@ -130,3 +131,11 @@ def test_broken_folders_get_one_sentence(folder: Path, damage: Callable[[Path], 
     with pytest.raises(UserError, match=message) as caught:
         load_checkpoint(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_the_shipped_checkpoint_has_a_name(folder: Path, card: ModelCard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SHIPPED", folder)
+    assert load_checkpoint("embedded")[1] == card
+    monkeypatch.setattr(checkpoints, "SHIPPED", folder / "none")
+    with pytest.raises(UserError, match="no checkpoint in it; name one with --model"):
+        load_checkpoint("embedded")

@@ -9,7 +9,9 @@ from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.flops import parameters
 from micro_diffusion.models.presets import PRESETS, linear_scaling
 
-MILLIONS = {"MicroDiT_XL_2": 1165.4, "MicroDiT_Tiny_2": 201, "MicroDiT_Small_2": 35, "MicroDiT_Nano_4": 3}
+MILLIONS = {
+    "MicroDiT_XL_2": 1165.4, "MicroDiT_Tiny_2": 201, "MicroDiT_Small_2": 35, "MicroDiT_Mini_2": 8, "MicroDiT_Nano_4": 3,
+}  # fmt: skip
 
 
 def test_linear_scaling() -> None:
