@@ -189,11 +189,7 @@ class LatentDiffusion(nn.Module):
         return torch.stack(draws).to(self.device)
 
     def forward(
-        self,
-        images: Float[Tensor, "b c h w"],
-        captions: Sequence[str],
-        *,
-        generator: torch.Generator | None = None,
+        self, images: Float[Tensor, "b c h w"], captions: Sequence[str], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
         """Training loss of pictures in [-1, 1], or of latents if `precomputed_latents`; draws come from the CPU."""
 
