@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from micro_diffusion.runtime.files import UserError, sha256
 
@@ -42,9 +43,7 @@ def part_folder(
         for group in weights:
             wanted = [place + pattern for place in places for pattern in group]
             patterns = [*(place + file for place in places for file in files), *wanted]
-            with _from_hub(
-                name, f"{' and '.join(group[:1])} and the small files of {HUB}/{name}".removeprefix(" and ")
-            ):
+            with _from_hub(name, " and ".join([*group[:1], f"the small files of {HUB}/{name}"])):
                 root = Path(hub.snapshot_download(name, allow_patterns=patterns))
             found = [path.relative_to(root).as_posix() for path in root.rglob("*")]
             if any(fnmatch(path, pattern) for path in found for pattern in wanted):
@@ -77,6 +76,14 @@ def _from_hub(name: str, address: str) -> Iterator[None]:
             f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}); check the name and the "
             f"network, or download {address} elsewhere and give its place."
         ) from error
+
+
+def load_tensors(path: Path) -> Any:
+    """What a .safetensors file holds, or any other by `load_pickle`; mapped from the file. UserError if damaged."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from error
 
 
 def load_pickle(path: Path) -> Any:
