@@ -45,9 +45,7 @@ class Autoencoder(nn.Module):
         self.scaling_factor = float(config.get("scaling_factor") or 1.0)
         self.shift_factor = float(config.get("shift_factor") or 0.0)
         if config.get("latents_mean") or config.get("latents_std"):
-            raise UserError(
-                f"The autoencoder {name!r} scales each channel by itself, which cannot be used; name another."
-            )
+            raise UserError(f"The autoencoder {name!r} scales each channel by itself and cannot serve; name another.")
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> LatentDistribution:

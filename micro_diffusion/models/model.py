@@ -134,19 +134,18 @@ class LatentDiffusion(nn.Module):
         `noise` may be given instead. Raises UserError for an empty list of prompts and for unknown settings.
         """
         prompts = _prompts(prompt, tokenized_prompts)
+        count = len(prompts)
         if attention_mask is not None and tokenized_prompts is None:
             raise UserError("attention_mask does nothing without tokenized_prompts; leave it out.")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        if negatives is not None and len(negatives) != len(prompts):
-            raise UserError(
-                f"There are {len(negatives)} negative prompts for {len(prompts)} prompts; give one or as many."
-            )
+        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
+        if negatives is not None and len(negatives) != count:
+            raise UserError(f"There are {len(negatives)} negative prompts for {count} prompts; give one or as many.")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; draw at least one picture at a time.")
         vae = None if return_only_latents else self.vae  # before the work: it may not load
-        seeds = picture_seeds(seed, len(prompts))
+        seeds = picture_seeds(seed, count)
         results = []
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             text = self.encode_prompts(prompts[part], None if attention_mask is None else attention_mask[part])
             latents = sample_latents(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from micro_diffusion.runtime.files import UserError, sha256
 
+Groups = Sequence[Sequence[str]]
 HUB = "https://huggingface.co"
 PACKAGES = {"open_clip": "open_clip_torch"}  # where the name to install is not the one to import
 
@@ -29,9 +30,7 @@ HARMLESS: list[Any] = [datetime.timedelta, np.ndarray, np.dtype, np.dtypes.UInt3
 HARMLESS += [(_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
-def part_folder(
-    name: str, files: Sequence[str], *, weights: Sequence[Sequence[str]] = ((),), subfolder: str = ""
-) -> Path:
+def part_folder(name: str, files: Sequence[str], *, weights: Groups = ((),), subfolder: str = "") -> Path:
     """The local folder of a part: `name` itself, or its `files` (patterns) from the hub or the hub's cache.
 
     `weights` are groups of patterns; the first group of which the hub has anything is fetched too. The part may lie in
@@ -51,7 +50,7 @@ def part_folder(
     return root / subfolder if (root / subfolder).is_dir() else root
 
 
-def weight_files(part: str, folder: Path, groups: Sequence[Sequence[str]]) -> list[Path]:
+def weight_files(part: str, folder: Path, groups: Groups) -> list[Path]:
     """The weights of the first group of patterns that the folder has; UserError if it has none."""
     for group in groups:
         patterns = [pattern for pattern in group if not pattern.endswith(".json")]  # an index of shards is no weights
