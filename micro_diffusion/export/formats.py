@@ -8,14 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from micro_diffusion.models.checkpoints import (
-    PIPELINE_CONFIG,
-    PIPELINE_WEIGHTS,
-    ModelCard,
-    build,
-    read_checkpoint,
-    write_folder,
-)
+from micro_diffusion.models import checkpoints
 from micro_diffusion.runtime.files import UserError, atomic_file, atomic_folder, write_atomic
 from micro_diffusion.runtime.parse import choose
 
@@ -24,27 +17,27 @@ Weights = Mapping[str, Tensor]
 
 def export(
     name: str, out: Path, *, to: str, autoencoder: str | None = None, text_encoder: str | None = None
-) -> ModelCard:
+) -> checkpoints.ModelCard:
     """Write the checkpoint that `read_checkpoint` finds to `out`, in one of `FORMATS`; returns its card."""
     write = choose(FORMATS, to, "format")
     for path in (out, *([out.with_suffix(".json")] if to == "official" else [])):
         if path.exists():
             raise UserError(f"{path} is there already; remove it, or choose another --out.")
-    weights, card = read_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
-    dit = build(weights, card, where=name)  # checks that they fit
+    weights, card = checkpoints.read_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
+    dit = checkpoints.build(weights, card, where=name)  # checks that they fit
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, {name: weights[name].contiguous() for name in dit.state_dict()}, card=card)
     return card
 
 
-def write_official(out: Path, weights: Weights, *, card: ModelCard) -> None:
+def write_official(out: Path, weights: Weights, *, card: checkpoints.ModelCard) -> None:
     """A flat state dict, as the paper's files are, and beside it a .json with what the file cannot say."""
     write_atomic(out.with_suffix(".json"), card.to_json())
     with atomic_file(out) as temporary:
         torch.save(dict(weights), temporary)
 
 
-def write_diffusers(out: Path, weights: Weights, *, card: ModelCard) -> None:
+def write_diffusers(out: Path, weights: Weights, *, card: checkpoints.ModelCard) -> None:
     """A folder that `MicroDiffusionPipeline.from_pretrained` opens: the transformer, and the names of its encoders.
 
     The encoders are not copied: their licences are their own, and `pipeline.vae` and `text_encoder` load them by name.
@@ -55,20 +48,20 @@ def write_diffusers(out: Path, weights: Weights, *, card: ModelCard) -> None:
     with atomic_folder(out) as temporary:
         (temporary / "transformer").mkdir()
         tensors = {f"dit.{name}": tensor for name, tensor in weights.items()}
-        save_file(tensors, temporary / PIPELINE_WEIGHTS, metadata={"format": "pt"})
-        (temporary / PIPELINE_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, temporary / checkpoints.PIPELINE_WEIGHTS, metadata={"format": "pt"})
+        (temporary / checkpoints.PIPELINE_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(model_card(card, parameters=sum(t.numel() for t in weights.values())))
 
 
 FORMATS: dict[str, Callable[..., None]] = {
-    "safetensors": write_folder,
+    "safetensors": checkpoints.write_folder,
     "diffusers": write_diffusers,
     "official": write_official,
 }
 
 
-def model_card(card: ModelCard, *, parameters: int) -> str:
+def model_card(card: checkpoints.ModelCard, *, parameters: int) -> str:
     """README.md of a pipeline folder."""
     height, width = card.dit.latent_size
     seen = f"{card.images_seen:,} images seen in training" if card.images_seen else "trained elsewhere"

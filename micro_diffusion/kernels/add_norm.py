@@ -27,15 +27,10 @@ class Normed(NamedTuple):
 
 
 def add_norm(
-    x: Float[Tensor, "b t d"],
-    branch: Float[Tensor, "b t d"] | None,
-    gate: Float[Tensor, "b d"] | None,
-    weight: Float[Tensor, " d"],
-    shift: Float[Tensor, "b d"] | None = None,
-    scale: Float[Tensor, "b d"] | None = None,
-    *,
-    eps: float,
-) -> Normed:
+    x: Float[Tensor, "b t d"], branch: Float[Tensor, "b t d"] | None, gate: Float[Tensor, "b d"] | None,
+    weight: Float[Tensor, " d"], shift: Float[Tensor, "b d"] | None = None, scale: Float[Tensor, "b d"] | None = None,
+    *, eps: float,
+) -> Normed:  # fmt: skip
     """`stream` has the dtype of x; `normed` is float32, or what autocast computes in. No gate is a gate of one."""
     if usable(x) and branch is not None:
         dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

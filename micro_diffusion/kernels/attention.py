@@ -17,21 +17,14 @@ LOG2_E = 1.4426950408889634
 
 
 def attention(
-    q: Float[Tensor, "b t d"],
-    k: Float[Tensor, "b l d"],
-    v: Float[Tensor, "b l d"],
-    *,
-    head_dim: int,
-    mask: Bool[Tensor, "b l"] | None = None,
-) -> Float[Tensor, "b t d"]:
+    q: Float[Tensor, "b t d"], k: Float[Tensor, "b l d"], v: Float[Tensor, "b l d"], *,
+    head_dim: int, mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b t d"]:  # fmt: skip
     """Scaled dot-product attention of each head; `mask` is true where a key may be attended to."""
     short = k.shape[1] <= MOST_KEYS and head_dim in (16, 32, 64, 128)
     if short and usable(q) and (q.dtype in (torch.bfloat16, torch.float16) or not q.is_cuda):
-        return _attention(
-            *(x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v)),
-            None if mask is None else mask.contiguous(),
-            head_dim,
-        )
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        return _attention(q, k, v, None if mask is None else mask.contiguous(), head_dim)
     q, k, v = (x.unflatten(-1, (-1, head_dim)).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None, None, :])
     return out.transpose(1, 2).flatten(2)

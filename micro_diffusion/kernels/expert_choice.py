@@ -29,11 +29,9 @@ def dispatch(
 
 
 def combine(
-    y: Float[Tensor, "e n d"],
-    weights: Float[Tensor, "b e k"],
-    tokens: Int[Tensor, "b e k"],
-    slots: Int[Tensor, "b t e"],
-) -> Float[Tensor, "b t d"]:
+    y: Float[Tensor, "e n d"], weights: Float[Tensor, "b e k"],
+    tokens: Int[Tensor, "b e k"], slots: Int[Tensor, "b t e"],
+) -> Float[Tensor, "b t d"]:  # fmt: skip
     """For each token the weighted sum of what the experts that took it made of it; zero if none did."""
     if usable(y):
         return _combine(y.contiguous(), weights.contiguous(), tokens.contiguous(), slots)

@@ -45,9 +45,7 @@ class Autoencoder(nn.Module):
         self.scaling_factor = float(config.get("scaling_factor") or 1.0)
         self.shift_factor = float(config.get("shift_factor") or 0.0)
         if config.get("latents_mean") or config.get("latents_std"):
-            raise UserError(
-                f"The autoencoder {name!r} scales each channel by itself, which is not supported; use another."
-            )
+            raise UserError(f"The autoencoder {name!r} scales each channel by itself and cannot serve; name another.")
 
     @torch.no_grad()
     def encode(self, images: Float[Tensor, "b 3 h w"]) -> LatentDistribution:
@@ -84,10 +82,8 @@ class Autoencoder(nn.Module):
         for top in _starts(z.shape[-2], size):
             for left in _starts(z.shape[-1], size):
                 tile = self._decode(z[..., top : top + size, left : left + size])
-                rows, columns = (
-                    torch.minimum(ramp := torch.arange(1, n + 1, device=z.device) / n, ramp.flip(0))
-                    for n in tile.shape[-2:]
-                )
+                ramps = (torch.arange(1, n + 1, device=z.device) / n for n in tile.shape[-2:])
+                rows, columns = (torch.minimum(ramp, ramp.flip(0)) for ramp in ramps)
                 weight = rows[:, None] * columns
                 y, x = (slice(at * factor, at * factor + n) for at, n in ((top, len(rows)), (left, len(columns))))
                 total[..., y, x] += tile * weight
@@ -120,9 +116,7 @@ def load_autoencoder(
     with loading(f"autoencoder in {folder}", library="diffusers") as diffusers:
         kind = diffusers.AutoencoderKL.load_config(folder, local_files_only=True).get("_class_name")
         if kind not in KINDS:
-            raise UserError(
-                f"{folder} holds a {kind}; autoencoders of these classes can be loaded: {', '.join(KINDS)}."
-            )
+            raise UserError(f"{folder} holds a {kind}; autoencoders that can be loaded are: {', '.join(KINDS)}.")
         model, report = getattr(diffusers, kind).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )

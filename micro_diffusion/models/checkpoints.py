@@ -10,11 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import micro_diffusion.embedded
@@ -22,7 +20,7 @@ from micro_diffusion.diffusion.objectives import EDM, OBJECTIVES, Flow
 from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.models.pos_embed import sincos_2d
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.pretrained import first_line, hub_file, load_pickle, part_folder
+from micro_diffusion.models.pretrained import first_line, hub_file, load_tensors, part_folder
 from micro_diffusion.models.text_encoders import DFN5B, T5_XXL
 from micro_diffusion.runtime.files import UserError, atomic_folder, write_atomic
 from micro_diffusion.runtime.parse import choose, parse, read_json
@@ -101,8 +99,7 @@ class ModelCard:
         name = objective.pop("name", None) if isinstance(objective, dict) else None
         kind = choose(OBJECTIVES, str(name), f"objective in {CONFIG} named")
         values["objective"] = parse(kind, objective, f"{CONFIG}.objective")
-        card: ModelCard = parse(cls, values, CONFIG)
-        return card
+        return parse(cls, values, CONFIG)
 
 
 def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard) -> None:
@@ -135,12 +132,9 @@ def read_checkpoint(
     if path.is_dir():
         weights, card = _read_folder(path)
     else:
-        weights = _read_tensors(path)
-        beside = path.with_suffix(".json")
-        if beside.is_file() and FORMAT in (text := beside.read_text(encoding="utf-8")):
-            card = ModelCard.from_json(text)
-        else:
-            card = _card(weights, path)
+        weights, beside = _read_tensors(path), path.with_suffix(".json")
+        text = beside.read_text(encoding="utf-8") if beside.is_file() else ""
+        card = ModelCard.from_json(text) if FORMAT in text else _card(weights, path)
     if autoencoder:
         card = replace(card, autoencoder=Part(autoencoder, None))
     if text_encoder:
@@ -228,20 +222,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], ModelCard]:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The transformer's tensors in a file of any kind, official or Composer's; UserError if it is damaged."""
-    try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again.") from error
+    content = load_tensors(path)
     if isinstance(content, dict) and isinstance(content.get("state"), dict):
         content = content["state"].get("model")
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(
-            f"{path} holds no state dict of a transformer; give one of the released files or a model folder."
-        )
-    whole = any(name.startswith("dit.") for name in content)
-    return {
-        name.removeprefix("dit."): tensor for name, tensor in content.items() if name.startswith("dit.") or not whole
-    }
+        raise UserError(f"{path} holds no state dict of a transformer; give a released file or a model folder.")
+    prefix = "dit." if any(name.startswith("dit.") for name in content) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in content.items() if name.startswith(prefix)}
 
 
 def _card(weights: Mapping[str, Tensor], path: Path) -> ModelCard:
@@ -250,15 +237,10 @@ def _card(weights: Mapping[str, Tensor], path: Path) -> ModelCard:
     text_encoder, length = TEXT_ENCODERS.get(config.caption_channels, ("", None))
     fine = config.pos_interp_scale > 1  # the paper's stages at 512 px
     return ModelCard(
-        dit=config,
-        objective=EDM(p_mean=0.0, p_std=0.6) if fine else EDM(),
-        autoencoder=Part(AUTOENCODERS.get(config.in_channels, ""), None),
-        text_encoder=Part(text_encoder, None),
-        resolution=config.latent_size[0] * 8,
-        images_seen=0,
-        recipe=path.stem,
-        text_length=length,
-    )
+        dit=config, objective=EDM(p_mean=0.0, p_std=0.6) if fine else EDM(),
+        autoencoder=Part(AUTOENCODERS.get(config.in_channels, ""), None), text_encoder=Part(text_encoder, None),
+        resolution=config.latent_size[0] * 8, images_seen=0, recipe=path.stem, text_length=length,
+    )  # fmt: skip
 
 
 def config_from_shapes(weights: Mapping[str, Tensor], *, where: str) -> DiTConfig:
@@ -282,9 +264,6 @@ def config_from_shapes(weights: Mapping[str, Tensor], *, where: str) -> DiTConfi
     if positions.shape != expected.shape or not torch.allclose(positions, expected, atol=1e-2):
         raise UserError(f"The positions in {where} are not those of square latents; give the model folder instead.")
     return sizes[dim, depth, patch_size](
-        input_size=side * patch_size,
-        in_channels=channels,
-        caption_channels=caption_channels,
-        pos_interp_scale=scale,
+        input_size=side * patch_size, in_channels=channels, caption_channels=caption_channels, pos_interp_scale=scale,
         text_mask="none",
-    )
+    )  # fmt: skip

@@ -11,21 +11,7 @@ from torch import Tensor, nn
 
 from micro_diffusion.diffusion.objectives import Network, Prediction
 from micro_diffusion.kernels.add_norm import add_norm
-from micro_diffusion.models import initialise
-from micro_diffusion.models.layers import (
-    CrossAttention,
-    FinalLayer,
-    Modulation,
-    NoiseEmbedder,
-    PatchEmbed,
-    Refiner,
-    SelfAttention,
-    SwiGLU,
-    TextPerceptron,
-    attention_width,
-    between,
-    layer_norm,
-)
+from micro_diffusion.models import initialise, layers
 from micro_diffusion.models.masking import gather_patches, random_patch_mask, scatter_patches
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.models.pos_embed import sincos_2d
@@ -112,18 +98,18 @@ class Block(nn.Module):
 
     def __init__(self, c: DiTConfig, dim: int, *, qkv_ratio: float, ffn_ratio: float, experts: bool) -> None:
         super().__init__()
-        width = attention_width(dim, qkv_ratio, c.head_dim)
-        self.norm1 = layer_norm(dim, c.norm_eps)
-        self.attn = SelfAttention(dim, width, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
-        self.cross_attn = CrossAttention(dim, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
-        self.norm2 = layer_norm(dim, c.norm_eps)
-        self.norm3 = layer_norm(dim, c.norm_eps)
+        width = layers.attention_width(dim, qkv_ratio, c.head_dim)
+        self.norm1 = layers.layer_norm(dim, c.norm_eps)
+        self.attn = layers.SelfAttention(dim, width, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
+        self.cross_attn = layers.CrossAttention(dim, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
+        self.norm2 = layers.layer_norm(dim, c.norm_eps)
+        self.norm3 = layers.layer_norm(dim, c.norm_eps)
         self.mlp: nn.Module = (
             ExpertChoiceMoE(dim, ffn_ratio, c.multiple_of, c.num_experts, c.expert_capacity)
             if experts
-            else SwiGLU(dim, ffn_ratio, c.multiple_of, bias=c.use_bias)
+            else layers.SwiGLU(dim, ffn_ratio, c.multiple_of, bias=c.use_bias)
         )
-        self.adaLN_modulation = Modulation(c.dim, dim, 6)
+        self.adaLN_modulation = layers.Modulation(c.dim, dim, 6)
 
     def forward(
         self, stream: Stream, text: Float[Tensor, "b l d"], cond: Float[Tensor, "b c"], mask: Bool[Tensor, "b l"] | None
@@ -146,25 +132,26 @@ class DiT(nn.Module):
         super().__init__()
         self.config = c = config
         patch_dim = c.patch_size**2 * c.in_channels
-        self.x_embedder = PatchEmbed(c.in_channels, c.patch_size, c.dim)
-        self.t_embedder = NoiseEmbedder(c.dim)
-        self.y_embedder = nn.Sequential(OrderedDict(y_proj=TextPerceptron(c.caption_channels, c.dim, c.norm_eps)))
-        self.y_emb_preprocess = Refiner(c.dim, c.head_dim, c.multiple_of, eps=c.norm_eps, bias=c.use_bias)
-        self.pooled_y_emb_process = TextPerceptron(c.dim, c.dim, c.norm_eps)
+        self.x_embedder = layers.PatchEmbed(c.in_channels, c.patch_size, c.dim)
+        self.t_embedder = layers.NoiseEmbedder(c.dim)
+        perceptron = layers.TextPerceptron(c.caption_channels, c.dim, c.norm_eps)
+        self.y_embedder = nn.Sequential(OrderedDict(y_proj=perceptron))
+        self.y_emb_preprocess = layers.Refiner(c.dim, c.head_dim, c.multiple_of, eps=c.norm_eps, bias=c.use_bias)
+        self.pooled_y_emb_process = layers.TextPerceptron(c.dim, c.dim, c.norm_eps)
         mixer_dim = c.patch_mixer_dim if c.use_patch_mixer else c.dim
         qkv, ffn = c.patch_mixer_qkv_ratio, c.patch_mixer_mlp_ratio
         self.patch_mixer = nn.ModuleList(
             Block(c, mixer_dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i))
             for i in range(c.patch_mixer_depth if c.use_patch_mixer else 0)
         )
-        self.patch_mixer_map_xin = between(c.dim, mixer_dim, c.norm_eps)
-        self.patch_mixer_map_xout = between(mixer_dim, c.dim, c.norm_eps)
-        self.patch_mixer_map_y = between(c.dim, mixer_dim, c.norm_eps)
+        self.patch_mixer_map_xin = layers.between(c.dim, mixer_dim, c.norm_eps)
+        self.patch_mixer_map_xout = layers.between(mixer_dim, c.dim, c.norm_eps)
+        self.patch_mixer_map_y = layers.between(c.dim, mixer_dim, c.norm_eps)
         self.blocks = nn.ModuleList(
             Block(c, c.dim, qkv_ratio=qkv, ffn_ratio=ffn, experts=c.is_expert(i) and i != c.depth - 1)
             for i, (qkv, ffn) in enumerate(zip(c.qkv_multipliers, c.ffn_multipliers, strict=True))
         )
-        self.final_layer = FinalLayer(c.dim, patch_dim, c.norm_eps)
+        self.final_layer = layers.FinalLayer(c.dim, patch_dim, c.norm_eps)
         self.register_buffer("pos_embed", sincos_2d(c.dim, *c.grid, scale=c.pos_interp_scale)[None])
         self.register_buffer("mask_token", torch.zeros(1, 1, patch_dim))
         initialise.initialise(self)
@@ -187,15 +174,10 @@ class DiT(nn.Module):
         return EncodedText(tokens, self.patch_mixer_map_y(tokens), self.pooled_y_emb_process(mean), mask)
 
     def forward(
-        self,
-        x: Float[Tensor, "b c h w"],
-        noise_label: Float[Tensor, " b"],
-        text: Float[Tensor, "*b l d"] | EncodedText,
-        *,
-        text_mask: Bool[Tensor, "b l"] | None = None,
-        mask_ratio: float = 0.0,
-        mask_noise: Float[Tensor, "b t"] | None = None,
-    ) -> Prediction:
+        self, x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"],
+        text: Float[Tensor, "*b l d"] | EncodedText, *, text_mask: Bool[Tensor, "b l"] | None = None,
+        mask_ratio: float = 0.0, mask_noise: Float[Tensor, "b t"] | None = None,
+    ) -> Prediction:  # fmt: skip
         """Predict the raw network output F(x).
 
         `mask_noise` ranks the patches unless `mask_ratio` is 0 (fresh uniform noise if None); dropped patches come back
@@ -248,14 +230,9 @@ def rebuilt(dit: DiT, tensors: Mapping[str, Tensor]) -> DiT:
 
 
 def conditioned(
-    dit: DiT,
-    text: Float[Tensor, "b l d"] | EncodedText,
-    text_mask: Bool[Tensor, "b l"] | None = None,
-    *,
-    precision: str,
-    mask_ratio: float = 0.0,
-    mask_noise: Float[Tensor, "b t"] | None = None,
-) -> Network:
+    dit: DiT, text: Float[Tensor, "b l d"] | EncodedText, text_mask: Bool[Tensor, "b l"] | None = None, *,
+    precision: str, mask_ratio: float = 0.0, mask_noise: Float[Tensor, "b t"] | None = None,
+) -> Network:  # fmt: skip
     """The network as an objective calls it, with caption, mask and precision fixed."""
 
     def network(x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"]) -> Prediction:

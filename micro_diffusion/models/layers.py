@@ -48,21 +48,14 @@ class Modulation(nn.Sequential):
 
 
 def attend(
-    q: Float[Tensor, "b t d"],
-    k: Float[Tensor, "b l d"],
-    v: Float[Tensor, "b l d"],
-    *,
-    head_dim: int,
-    eps: float,
-    mask: Bool[Tensor, "b l"] | None = None,
-) -> Float[Tensor, "b t d"]:
+    q: Float[Tensor, "b t d"], k: Float[Tensor, "b l d"], v: Float[Tensor, "b l d"], *,
+    head_dim: int, eps: float, mask: Bool[Tensor, "b l"] | None = None,
+) -> Float[Tensor, "b t d"]:  # fmt: skip
     """Softmax attention with queries and keys layer-normalised over all heads together.
 
     `mask` is true where a key may be attended to.
     """
-    width = q.shape[-1]
-    q = F.layer_norm(q, (width,), eps=eps).to(v.dtype)
-    k = F.layer_norm(k, (width,), eps=eps).to(v.dtype)
+    q, k = (F.layer_norm(x, x.shape[-1:], eps=eps).to(v.dtype) for x in (q, k))
     return attention(q, k, v, head_dim=head_dim, mask=mask)
 
 
@@ -98,7 +91,7 @@ class CrossAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward: output(silu(gate(x)) * value(x)) (arXiv 2002.05202)."""
+    """Gated feed-forward (arXiv 2002.05202): w1 makes the gate, w2 the value, w3 the output."""
 
     def __init__(self, dim: int, ratio: float, multiple_of: int, *, bias: bool) -> None:
         super().__init__()
@@ -108,8 +101,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        gate, value, output = self.w1, self.w2, self.w3
-        return output(F.silu(gate(x)) * value(x))
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
 
 
 class TextPerceptron(nn.Module):

@@ -6,25 +6,20 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from micro_diffusion.diffusion.guidance import guided
 from micro_diffusion.diffusion.objectives import EDM, Flow, Network
 from micro_diffusion.diffusion.samplers import SAMPLERS, Denoiser, OnStep
+from micro_diffusion.models import text_encoders
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
 from micro_diffusion.models.checkpoints import SDXL, ModelCard, Part, load_checkpoint
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.masking import TextFeatures, null_caption
 from micro_diffusion.models.presets import PRESETS
-from micro_diffusion.models.text_encoders import (
-    DFN5B,
-    TextEncoder,
-    load_text_encoder,
-    text_encoder_width,
-    text_mask_policy,
-)
+from micro_diffusion.models.text_encoders import DFN5B, Captions, TextEncoder, Tokens, load_text_encoder
 from micro_diffusion.runtime.device import autocast
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose
@@ -45,17 +40,11 @@ class LatentDiffusion(nn.Module):
     text_encoder: TextEncoder
 
     def __init__(
-        self,
-        dit: DiT,
-        objective: EDM | Flow,
-        *,
-        load_vae: Callable[[], Autoencoder],
-        load_text_encoder: Callable[[], TextEncoder],
-        text_length: int | None = None,
-        precision: str = "bf16",
-        train_mask_ratio: float = 0.0,
-        precomputed_latents: bool = True,
-    ) -> None:
+        self, dit: DiT, objective: EDM | Flow, *,
+        load_vae: Callable[[], Autoencoder], load_text_encoder: Callable[[], TextEncoder],
+        text_length: int | None = None, precision: str = "bf16",
+        train_mask_ratio: float = 0.0, precomputed_latents: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.dit, self.objective = dit, objective
         self.text_length, self.precision = text_length, precision
@@ -64,14 +53,9 @@ class LatentDiffusion(nn.Module):
 
     @classmethod
     def from_checkpoint(
-        cls,
-        name: str,
-        *,
-        device: torch.device | str = "cpu",
-        autoencoder: str | None = None,
-        text_encoder: str | None = None,
-        precision: str = "bf16",
-    ) -> "LatentDiffusion":
+        cls, name: str, *, device: torch.device | str = "cpu", precision: str = "bf16",
+        autoencoder: str | None = None, text_encoder: str | None = None,
+    ) -> "LatentDiffusion":  # fmt: skip
         """A released or own model, by a name or path that `read_checkpoint` takes."""
         dit, card = load_checkpoint(name, autoencoder=autoencoder, text_encoder=text_encoder)
         return cls.from_card(dit.to(device), card, precision=precision)
@@ -80,13 +64,10 @@ class LatentDiffusion(nn.Module):
     def from_card(cls, dit: DiT, card: ModelCard, *, precision: str = "bf16") -> "LatentDiffusion":
         """A transformer with the parts that its card names; UserError at the first use of one with other weights."""
         return cls(
-            dit,
-            card.objective,
+            dit, card.objective, text_length=card.text_length, precision=precision,
             load_vae=lambda: _same(load_autoencoder(card.autoencoder.name), card.autoencoder),
             load_text_encoder=lambda: _same(load_text_encoder(card.text_encoder.name), card.text_encoder),
-            text_length=card.text_length,
-            precision=precision,
-        )
+        )  # fmt: skip
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads `dit.*` alone: what a whole model's state has of `vae` and `text_encoder` was never trained."""
@@ -95,24 +76,22 @@ class LatentDiffusion(nn.Module):
         beside = [name for name in weights if not name.startswith("dit.")]
         if strict and beside:
             raise UserError(f"A whole model's state has dit.*, vae.* and text_encoder.*, and no {beside[0]}.")
-        return self.dit.load_state_dict(
-            {name.removeprefix("dit."): tensor for name, tensor in weights.items()}, strict=strict, assign=assign
-        )
+        weights = {name.removeprefix("dit."): tensor for name, tensor in weights.items()}
+        return self.dit.load_state_dict(weights, strict=strict, assign=assign)
 
     def __getattr__(self, name: str) -> Any:
         """Called for what is not there yet: loads the autoencoder or the text encoder."""
         loaders = self.__dict__.get("_loaders", {})
-        if name in loaders and name not in self._modules:
-            part, config = loaders[name](), self.dit.config
-            takes = config.in_channels if name == "vae" else config.caption_channels
-            gives = part.channels if isinstance(part, Autoencoder) else part.width
-            if takes != gives:
-                kind = "latent channels" if name == "vae" else "wide text"
-                raise UserError(
-                    f"The model takes {takes} {kind}, but {part.name!r} gives {gives}; name another {name}."
-                )
-            setattr(self, name, part.to(self.device))
-        return super().__getattr__(name)
+        if name not in loaders or name in self._modules:
+            return super().__getattr__(name)
+        part, config = loaders[name](), self.dit.config
+        takes = config.in_channels if name == "vae" else config.caption_channels
+        gives = part.channels if isinstance(part, Autoencoder) else part.width
+        if takes != gives:
+            kind = "latent channels" if name == "vae" else "wide text"
+            raise UserError(f"The model takes {takes} {kind}, but {part.name!r} gives {gives}; name another {name}.")
+        setattr(self, name, part.to(self.device))
+        return part
 
     @property
     def tokenizer(self) -> Any:
@@ -122,9 +101,7 @@ class LatentDiffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
 
-    def encode_prompts(
-        self, prompts: Sequence[str] | Int[Tensor, "*b l"], attention_mask: Int[Tensor, "*b l"] | None = None
-    ) -> TextFeatures:
+    def encode_prompts(self, prompts: Captions, attention_mask: Tokens | None = None) -> TextFeatures:
         """Text features of prompts or their tokens, of the length that the transformer was trained with, if fixed."""
         states, mask = self.text_encoder.encode(prompts, attention_mask)
         whole = self.dit.config.text_mask == "none"  # where all positions count, their number must not depend on others
@@ -136,9 +113,9 @@ class LatentDiffusion(nn.Module):
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        tokenized_prompts: Int[Tensor, "*b l"] | None = None,
+        tokenized_prompts: Tokens | None = None,
         *,
-        attention_mask: Int[Tensor, "*b l"] | None = None,
+        attention_mask: Tokens | None = None,
         negative_prompt: str | Sequence[str] | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 5.0,
@@ -157,19 +134,18 @@ class LatentDiffusion(nn.Module):
         `noise` may be given instead. Raises UserError for an empty list of prompts and for unknown settings.
         """
         prompts = _prompts(prompt, tokenized_prompts)
+        count = len(prompts)
         if attention_mask is not None and tokenized_prompts is None:
             raise UserError("attention_mask does nothing without tokenized_prompts; leave it out.")
-        negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
-        if negatives is not None and len(negatives) != len(prompts):
-            raise UserError(
-                f"There are {len(negatives)} negative prompts for {len(prompts)} prompts; give one or as many."
-            )
+        negatives = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
+        if negatives is not None and len(negatives) != count:
+            raise UserError(f"There are {len(negatives)} negative prompts for {count} prompts; give one or as many.")
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; draw at least one picture at a time.")
         vae = None if return_only_latents else self.vae  # before the work: it may not load
-        seeds = picture_seeds(seed, len(prompts))
+        seeds = picture_seeds(seed, count)
         results = []
-        for start in range(0, len(prompts), batch_size):
+        for start in range(0, count, batch_size):
             part = slice(start, start + batch_size)
             text = self.encode_prompts(prompts[part], None if attention_mask is None else attention_mask[part])
             latents = sample_latents(
@@ -189,11 +165,7 @@ class LatentDiffusion(nn.Module):
         return torch.stack(draws).to(self.device)
 
     def forward(
-        self,
-        images: Float[Tensor, "b c h w"],
-        captions: Sequence[str],
-        *,
-        generator: torch.Generator | None = None,
+        self, images: Float[Tensor, "b c h w"], captions: Sequence[str], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, ""]:
         """Training loss of pictures in [-1, 1], or of latents if `precomputed_latents`; draws come from the CPU."""
 
@@ -205,12 +177,9 @@ class LatentDiffusion(nn.Module):
             mean, std = self.vae.encode(images)
             latents = mean + std * normal(*mean.shape)
         network = text_network(
-            self.dit,
-            self.encode_prompts(captions),
-            precision=self.precision,
-            mask_ratio=self.train_mask_ratio,
+            self.dit, self.encode_prompts(captions), precision=self.precision, mask_ratio=self.train_mask_ratio,
             mask_noise=torch.rand(len(latents), self.dit.num_patches, generator=generator).to(self.device),
-        )
+        )  # fmt: skip
         level = self.objective.noise_level(normal(len(latents)))
         noise, patch_size = normal(*latents.shape), self.dit.config.patch_size
         return self.objective.loss(network, latents, level, noise, patch_size=patch_size).mean
@@ -238,21 +207,15 @@ def create_latent_diffusion(
     """
     precision = choose({"bfloat16": "bf16", "float32": "float32"}, dtype, "dtype")
     config = choose(PRESETS, dit_arch, "dit_arch")(
-        input_size=latent_res,
-        in_channels=in_channels,
-        caption_channels=text_encoder_width(text_encoder_name),
-        pos_interp_scale=pos_interp_scale,
-        text_mask=text_mask_policy(text_encoder_name),
-    )
+        input_size=latent_res, in_channels=in_channels, pos_interp_scale=pos_interp_scale,
+        caption_channels=text_encoders.text_encoder_width(text_encoder_name),
+        text_mask=text_encoders.text_mask_policy(text_encoder_name),
+    )  # fmt: skip
     model = LatentDiffusion(
-        DiT(config),
-        EDM(p_mean=p_mean, p_std=p_std),
-        load_vae=lambda: load_autoencoder(vae_name),
-        load_text_encoder=lambda: load_text_encoder(text_encoder_name),
-        precision=precision,
-        train_mask_ratio=train_mask_ratio,
-        precomputed_latents=precomputed_latents,
-    )
+        DiT(config), EDM(p_mean=p_mean, p_std=p_std),
+        load_vae=lambda: load_autoencoder(vae_name), load_text_encoder=lambda: load_text_encoder(text_encoder_name),
+        precision=precision, train_mask_ratio=train_mask_ratio, precomputed_latents=precomputed_latents,
+    )  # fmt: skip
     if not precomputed_latents:
         _ = model.vae, model.text_encoder
     return model
@@ -260,19 +223,11 @@ def create_latent_diffusion(
 
 @torch.no_grad()
 def sample_latents(
-    dit: DiT,
-    objective: EDM | Flow,
-    text: TextFeatures,
-    noise: Float[Tensor, "b c h w"],
-    *,
-    negative: TextFeatures | None = None,
-    num_inference_steps: int = 30,
-    guidance_scale: float = 5.0,
-    guidance_interval: tuple[float, float] | None = None,
-    sampler: str = "heun",
-    precision: str = "bf16",
+    dit: DiT, objective: EDM | Flow, text: TextFeatures, noise: Float[Tensor, "b c h w"], *,
+    negative: TextFeatures | None = None, num_inference_steps: int = 30, guidance_scale: float = 5.0,
+    guidance_interval: tuple[float, float] | None = None, sampler: str = "heun", precision: str = "bf16",
     on_step: OnStep | None = None,
-) -> Float[Tensor, "b c h w"]:
+) -> Float[Tensor, "b c h w"]:  # fmt: skip
     """Latents from unit noise; guided away from `negative`, which is the null caption by default."""
     sample = choose(SAMPLERS, sampler, "sampler")
     if num_inference_steps < 1:
@@ -280,8 +235,7 @@ def sample_latents(
     if guidance_interval is not None and not guidance_interval[0] < guidance_interval[1]:
         raise UserError(f"The guidance interval {guidance_interval} is empty; give a lower and a higher noise level.")
     if negative is None:
-        dropped = torch.ones(len(noise), dtype=torch.bool, device=noise.device)
-        negative = null_caption(*text, dropped)
+        negative = null_caption(*text, torch.ones(len(noise), dtype=torch.bool, device=noise.device))
 
     def denoiser(features: TextFeatures) -> Denoiser:
         network = text_network(dit, features, precision=precision)
@@ -294,13 +248,9 @@ def sample_latents(
 
 
 def text_network(
-    dit: DiT,
-    text: TextFeatures,
-    *,
-    precision: str,
-    mask_ratio: float = 0.0,
+    dit: DiT, text: TextFeatures, *, precision: str, mask_ratio: float = 0.0,
     mask_noise: Float[Tensor, "b t"] | None = None,
-) -> Network:
+) -> Network:  # fmt: skip
     """The transformer as an objective calls it: with its text, encoded once, and its precision fixed.
 
     Weights in bfloat16 compute in bf16 on every device.
@@ -313,9 +263,7 @@ def text_network(
     return conditioned(dit, encoded, precision=precision, mask_ratio=mask_ratio, mask_noise=mask_noise)
 
 
-def _prompts(
-    prompt: str | Sequence[str] | None, tokens: Int[Tensor, "*b l"] | None
-) -> Sequence[str] | Int[Tensor, "*b l"]:
+def _prompts(prompt: str | Sequence[str] | None, tokens: Tokens | None) -> Captions:
     if tokens is not None and prompt is None and len(tokens):
         return tokens
     prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])

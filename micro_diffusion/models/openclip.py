@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from micro_diffusion.models.pretrained import cache_folder, first_line, load_pickle, optional_package, part_folder
+from micro_diffusion.models.pretrained import cache_folder, first_line, load_tensors, optional_package, part_folder
 from micro_diffusion.runtime.files import UserError, atomic_file, sha256
 
 PREFIX = "openclip:"
@@ -72,12 +71,8 @@ def _cut_out(weights: Path) -> Path:
     cached = cache_folder() / f"openclip-text-{key}.safetensors"
     if cached.is_file():
         return cached
-    if weights.suffix == ".safetensors":
-        with safe_open(weights, "pt") as file:
-            tower = {name: file.get_tensor(name) for name in file.keys() if _text_key(name)}  # noqa: SIM118
-    else:
-        tower = {name: tensor for name, tensor in load_pickle(weights).items() if _text_key(name)}
-    tower = {_text_key(name): tensor.float().contiguous() for name, tensor in tower.items()}
+    named = ((_text_key(name), tensor) for name, tensor in load_tensors(weights).items())
+    tower = {name: tensor.float().contiguous() for name, tensor in named if name}
     cached.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(cached, shared=True) as temporary:
         save_file(tower, temporary, metadata={"format": "pt"})

@@ -13,11 +13,8 @@ def sincos_2d(dim: int, height: int, width: int, *, scale: float = 1.0) -> Float
     """
     if dim % 4:
         raise ValueError(f"positions need a width divisible by 4, not {dim}")
-    rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float64) / scale,
-        torch.arange(width, dtype=torch.float64) / scale,
-        indexing="ij",
-    )
+    sides = (torch.arange(side, dtype=torch.float64) / scale for side in (height, width))
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     return torch.cat([_sincos(dim // 2, columns.flatten()), _sincos(dim // 2, rows.flatten())], dim=1).float()
 
 

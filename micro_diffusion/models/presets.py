@@ -32,31 +32,18 @@ class Preset:
     text_mask: Literal["none", "padding"] = "none"
 
     def __call__(
-        self,
-        *,
-        input_size: int | tuple[int, int] | None = None,
-        in_channels: int = 4,
-        caption_channels: int | None = None,
-        pos_interp_scale: float = 1.0,
+        self, *, input_size: int | tuple[int, int] | None = None, in_channels: int = 4,
+        caption_channels: int | None = None, pos_interp_scale: float = 1.0,
         text_mask: Literal["none", "padding"] | None = None,
-    ) -> DiTConfig:
+    ) -> DiTConfig:  # fmt: skip
         return DiTConfig(
-            input_size=input_size or self.input_size,
-            patch_size=self.patch_size,
-            in_channels=in_channels,
-            dim=self.dim,
-            depth=self.depth,
-            head_dim=self.head_dim,
-            multiple_of=self.multiple_of,
-            caption_channels=caption_channels or self.caption_channels,
-            qkv_multipliers=linear_scaling(0.5, 1.0, self.depth),
-            ffn_multipliers=linear_scaling(0.5, 4.0, self.depth),
-            pos_interp_scale=pos_interp_scale,
-            patch_mixer_depth=self.mixer_depth,
-            patch_mixer_dim=self.mixer_dim,
-            num_experts=self.num_experts,
+            input_size=input_size or self.input_size, patch_size=self.patch_size, in_channels=in_channels,
+            dim=self.dim, depth=self.depth, head_dim=self.head_dim, multiple_of=self.multiple_of,
+            caption_channels=caption_channels or self.caption_channels, pos_interp_scale=pos_interp_scale,
+            qkv_multipliers=linear_scaling(0.5, 1.0, self.depth), ffn_multipliers=linear_scaling(0.5, 4.0, self.depth),
+            patch_mixer_depth=self.mixer_depth, patch_mixer_dim=self.mixer_dim, num_experts=self.num_experts,
             text_mask=text_mask or self.text_mask,
-        )
+        )  # fmt: skip
 
 
 PRESETS = {

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from micro_diffusion.runtime.files import UserError, sha256
 
+Groups = Sequence[Sequence[str]]
 HUB = "https://huggingface.co"
 PACKAGES = {"open_clip": "open_clip_torch"}  # where the name to install is not the one to import
 
@@ -28,9 +30,7 @@ HARMLESS: list[Any] = [datetime.timedelta, np.ndarray, np.dtype, np.dtypes.UInt3
 HARMLESS += [(_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
 
 
-def part_folder(
-    name: str, files: Sequence[str], *, weights: Sequence[Sequence[str]] = ((),), subfolder: str = ""
-) -> Path:
+def part_folder(name: str, files: Sequence[str], *, weights: Groups = ((),), subfolder: str = "") -> Path:
     """The local folder of a part: `name` itself, or its `files` (patterns) from the hub or the hub's cache.
 
     `weights` are groups of patterns; the first group of which the hub has anything is fetched too. The part may lie in
@@ -42,9 +42,7 @@ def part_folder(
         for group in weights:
             wanted = [place + pattern for place in places for pattern in group]
             patterns = [*(place + file for place in places for file in files), *wanted]
-            with _from_hub(
-                name, f"{' and '.join(group[:1])} and the small files of {HUB}/{name}".removeprefix(" and ")
-            ):
+            with _from_hub(name, " and ".join([*group[:1], f"the small files of {HUB}/{name}"])):
                 root = Path(hub.snapshot_download(name, allow_patterns=patterns))
             found = [path.relative_to(root).as_posix() for path in root.rglob("*")]
             if any(fnmatch(path, pattern) for path in found for pattern in wanted):
@@ -52,7 +50,7 @@ def part_folder(
     return root / subfolder if (root / subfolder).is_dir() else root
 
 
-def weight_files(part: str, folder: Path, groups: Sequence[Sequence[str]]) -> list[Path]:
+def weight_files(part: str, folder: Path, groups: Groups) -> list[Path]:
     """The weights of the first group of patterns that the folder has; UserError if it has none."""
     for group in groups:
         patterns = [pattern for pattern in group if not pattern.endswith(".json")]  # an index of shards is no weights
@@ -77,6 +75,14 @@ def _from_hub(name: str, address: str) -> Iterator[None]:
             f"There is no folder {name!r}, and the hub does not give it ({first_line(error)}); check the name and the "
             f"network, or download {address} elsewhere and give its place."
         ) from error
+
+
+def load_tensors(path: Path) -> Any:
+    """What a .safetensors file holds, or any other by `load_pickle`; mapped from the file. UserError if damaged."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again.") from error
 
 
 def load_pickle(path: Path) -> Any:

