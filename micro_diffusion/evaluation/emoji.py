@@ -59,19 +59,16 @@ class EmojiBenchmark:
         truths = [prompt.truth for prompt in prompts]
         true = [self.true_picture(truth) for truth in truths]
         numbers: dict[str, float] = {}
-        for name, mark in (("judge", ""), ("second", " (second judge)")):
-            judge = cast(Judge, load_network(name)).to(device)
-            for said, what in (
-                (opinion(judge, pictures.batches(BLOCK)), ""),
-                (opinion(judge, [true]), ", true pictures"),
-            ):
-                hits = right(judge, said, truths)
+        judges = [cast(Judge, load_network(name)).to(device) for name in ("judge", "second")]
+        said = [(opinion(judge, pictures.batches(BLOCK)), opinion(judge, [true])) for judge in judges]
+        for judge, opinions, mark in zip(judges, said, ("", " (second judge)"), strict=True):
+            for each, what in zip(opinions, ("", ", true pictures"), strict=True):
+                hits = right(judge, each, truths)
                 for kind, words in KINDS.items():
                     rows = [index for index, truth in enumerate(truths) if truth["split"] == kind]
                     for measure, hit in hits.items() if rows else ():
                         numbers[f"{measure}, {words}{what}{mark}"] = float(hit[rows].float().mean())
-        judge = cast(Judge, load_network("judge")).to(device)
-        drawn, real = opinion(judge, pictures.batches(BLOCK)), opinion(judge, [true])
+        judge, (drawn, real) = judges[0], said[0]
         numbers |= self.distances(judge, drawn, real, truths, [prompt.text for prompt in prompts])
         hashes = " and ".join(sha256(FOLDER / f"{name}.safetensors")[:12] for name in ("judge", "second"))
         protocol = f"{len(truths)} prompts, judged by the embedded networks (sha256 {hashes}) at {Judge.SIZE} px"
@@ -86,10 +83,7 @@ class EmojiBenchmark:
         numbers: dict[str, float] = {}
         if len(held) > 1:
             fake, true = drawn.features[held].cpu().double(), real.features[held].cpu().double()
-            moments = [Moments(), Moments()]
-            for each, features in zip(moments, (fake, true), strict=True):
-                each.update(features)
-            numbers["Frechet distance, held-out"] = frechet_distance(*moments)
+            numbers["Frechet distance, held-out"] = frechet_distance(Moments().update(fake), Moments().update(true))
             numbers["kernel distance, held-out"] = kernel_distance(fake, true)
         by_text: dict[str, list[int]] = {}
         for index, text in enumerate(texts):
@@ -106,10 +100,8 @@ class EmojiBenchmark:
             nearest = torch.cdist(drawn.features[pairs], known).amin(1)
             own = (drawn.features[pairs] - real.features[pairs]).norm(dim=1)
             numbers["memorisation: held-out pairs nearer to a training drawing"] = float((nearest < own).float().mean())
-            true_nearest = torch.cdist(real.features[pairs], known).amin(1)
-            numbers["memorisation: distance to the nearest, relative to true pictures"] = float(
-                nearest.median() / true_nearest.median()
-            )
+            relative = nearest.median() / torch.cdist(real.features[pairs], known).amin(1).median()
+            numbers["memorisation: distance to the nearest, relative to true pictures"] = float(relative)
         return numbers
 
 
@@ -121,9 +113,8 @@ def _open(row: Mapping[str, Any]) -> Image.Image:
 def opinion(judge: Judge, batches: Iterable[Sequence[Image.Image]]) -> Opinion:
     """What the judge says of pictures of one size."""
     device = next(judge.parameters()).device
-    parts = [
-        judge(to_tensor(batch[i : i + BLOCK]).to(device)) for batch in batches for i in range(0, len(batch), BLOCK)
-    ]
+    cuts = (batch[i : i + BLOCK] for batch in batches for i in range(0, len(batch), BLOCK))
+    parts = [judge(to_tensor(cut).to(device)) for cut in cuts]
     return Opinion(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -153,12 +144,6 @@ def seen_as(judge: Judge, said: Opinion) -> list[str]:
 
 def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x y / d + 1)^3 (arXiv 1801.01401, section 4)."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        values = kernel(x, x)
-        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = [(values.sum() - values.trace()) / (len(values) * (len(values) - 1)) for values in (aa, bb)]
+    return float(sum(within) - 2 * ab.mean())

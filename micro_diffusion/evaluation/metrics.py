@@ -61,10 +61,8 @@ def frechet(title: str, drawn: Moments, true: Moments) -> Mapping[str, float]:
 def fidelity(kind: Literal["kid", "prc"], drawn: Moments, true: Moments) -> Mapping[str, float]:
     """torch-fidelity's kernel distance, or precision and recall."""
     compute = getattr(optional_package(f"torch_fidelity.metric_{kind}"), f"{kind}_features_to_metric")
-    subset = min(1000, drawn.count, true.count)
-    numbers = compute(
-        drawn.features, true.features, kid_subset_size=subset, save_cpu_ram=True, prc_batch_size=1000, verbose=False
-    )
+    options = {"kid_subset_size": min(1000, drawn.count, true.count), "save_cpu_ram": True, "prc_batch_size": 1000}
+    numbers = compute(drawn.features, true.features, verbose=False, **options)
     return {name.replace("kernel_inception_distance", "KID").replace("_", " "): x for name, x in numbers.items()}
 
 
