@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -142,24 +143,19 @@ class Evaluate(Sampling):
         places = dict(place.split("=", 1) for place in self.weights)
         if self.benchmark:
             benchmark = choose(BENCHMARKS, self.benchmark, "benchmark")(places, self.prompts)
-            scorers[self.benchmark] = lambda folder: benchmark.score(folder, device)
+            scorers[self.benchmark] = partial(benchmark.score, device=device)
             prompts = [] if self.pictures else benchmark.prompts()
         else:
             texts = captions(self.prompts) if self.prompts else []
             prompts = [Prompt(text, index) for index, text in enumerate(texts)]
         if self.metrics:
-            from micro_diffusion.evaluation.features import Settings
-            from micro_diffusion.evaluation.frechet import Moments
-            from micro_diffusion.evaluation.metrics import METRICS, Metric
+            from micro_diffusion.evaluation.metrics import METRICS, Moments, Settings
 
             settings, true = Settings(device, self.batch_size, places, self.resize), self.reference
             reference = (PictureFolder(true) if true.is_dir() else Moments.load(true)) if true else None
-
-            def by(metric: Metric) -> Score:
-                return lambda folder: metric(folder, reference, settings)
-
             chosen = {name: choose(METRICS, name, "metric") for name in self.metrics}
-            scorers |= {name: by(chosen[name]) for name in METRICS if name in chosen}
+            for name in (name for name in METRICS if name in chosen):
+                scorers[name] = partial(chosen[name], reference=reference, settings=settings)
         if self.seed:
             prompts = [prompt._replace(seed=derive_seed(self.seed, prompt.seed)) for prompt in prompts]
         return spread(prompts, self.limit), scorers
@@ -211,11 +207,9 @@ def captions(path: Path) -> list[str]:
         texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found]
     else:
         texts = path.read_text(encoding="utf-8").splitlines()
-    if not (texts := [text.strip() for text in texts if text.strip()]):
-        raise UserError(
-            f"{path} has no captions: give a text file, or a table with one of {', '.join(CAPTION_COLUMNS)}."
-        )
-    return texts
+    if texts := [text.strip() for text in texts if text.strip()]:
+        return texts
+    raise UserError(f"{path} has no captions: give a text file, or a table with one of {', '.join(CAPTION_COLUMNS)}.")
 
 
 def during_training(

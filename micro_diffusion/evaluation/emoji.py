@@ -31,9 +31,6 @@ SEEN, REPEATS, REPEATED = 0.027, 4, 32  # share of the seen pairs asked for; pic
 class EmojiBenchmark:
     """Every held-out pair and concept, about as many seen pairs, and more pictures of some to see how they differ."""
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
-
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The drawings asked for, in an order that mixes the kinds."""
@@ -43,11 +40,9 @@ class EmojiBenchmark:
     def prompts(self) -> list[Prompt]:
         """The drawings' captions, then those of the first `REPEATED` again, from other noise."""
         asked = [*self.rows, *self.rows[:REPEATED] * (REPEATS - 1)]
-        return [
-            Prompt(row["caption"], derive_seed(self.seed, "emoji prompt", index),
-                   {name: row[name] for name in ("concept", "style", "split")})
-            for index, row in enumerate(asked)
-        ]  # fmt: skip
+        seeds = [derive_seed(0, "emoji prompt", index) for index in range(len(asked))]
+        truths = [{name: row[name] for name in ("concept", "style", "split")} for row in asked]
+        return list(map(Prompt, [row["caption"] for row in asked], seeds, truths))
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """The drawing that a prompt asks for."""
@@ -69,30 +64,28 @@ class EmojiBenchmark:
                     for measure, hit in hits.items() if rows else ():
                         numbers[f"{measure}, {words}{what}{mark}"] = float(hit[rows].float().mean())
         judge, (drawn, real) = judges[0], said[0]
-        numbers |= self.distances(judge, drawn, real, truths, [prompt.text for prompt in prompts])
+        numbers |= self.distances(judge, drawn, real, prompts)
         hashes = " and ".join(sha256(FOLDER / f"{name}.safetensors")[:12] for name in ("judge", "second"))
         protocol = f"{len(truths)} prompts, judged by the embedded networks (sha256 {hashes}) at {Judge.SIZE} px"
         sure = sureness(judge, drawn, truths, "concept") + sureness(judge, drawn, truths, "style")
         return Scores(protocol, numbers, {"sure": sure.tolist()}, notes=seen_as(judge, drawn))
 
-    def distances(
-        self, judge: Judge, drawn: Opinion, real: Opinion, truths: Sequence[Mapping[str, Any]], texts: Sequence[str]
-    ) -> dict[str, float]:
+    def distances(self, judge: Judge, drawn: Opinion, real: Opinion, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Frechet and kernel distance over held-out prompts, spread over seeds, and nearest drawings of training."""
-        held = [index for index, truth in enumerate(truths) if truth["split"] != "train"]
+        held = [index for index, prompt in enumerate(prompts) if prompt.truth["split"] != "train"]
         numbers: dict[str, float] = {}
         if len(held) > 1:
             fake, true = drawn.features[held].cpu().double(), real.features[held].cpu().double()
             numbers["Frechet distance, held-out"] = frechet_distance(Moments().update(fake), Moments().update(true))
             numbers["kernel distance, held-out"] = kernel_distance(fake, true)
         by_text: dict[str, list[int]] = {}
-        for index, text in enumerate(texts):
-            by_text.setdefault(text, []).append(index)
+        for index, prompt in enumerate(prompts):
+            by_text.setdefault(prompt.text, []).append(index)
         spread = [torch.pdist(drawn.features[rows]).mean().item() for rows in by_text.values() if len(rows) > 1]
         if spread:
             numbers["diversity: distance between seeds"] = float(np.mean(spread))
             numbers["diversity: distance between true pictures"] = torch.pdist(real.features).mean().item()
-        pairs = [index for index, truth in enumerate(truths) if truth["split"] == "held_out_pair"]
+        pairs = [index for index, prompt in enumerate(prompts) if prompt.truth["split"] == "held_out_pair"]
         if pairs:
             training = (row for row in emoji_table() if row["split"] == "train")
             batches = iter(lambda: [_open(row) for row in itertools.islice(training, BLOCK)], [])
@@ -124,9 +117,7 @@ def right(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]]) -> d
     style = torch.tensor([judge.names["styles"].index(truth["style"]) for truth in truths])
     best = said.concept.topk(5).indices.cpu() == concept[:, None]
     styled = said.style.argmax(-1).cpu() == style
-    return {
-        "concept top-1": best[:, 0], "concept top-5": best.any(1), "style": styled, "both": best[:, 0] & styled,
-    }  # fmt: skip
+    return {"concept top-1": best[:, 0], "concept top-5": best.any(1), "style": styled, "both": best[:, 0] & styled}
 
 
 def sureness(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]], what: str) -> Float[Tensor, " b"]:

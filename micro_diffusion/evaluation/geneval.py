@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate, normalize, pad
 
 from micro_diffusion.data.sources.emoji_scenes import RELATIONS, TASKS
+from micro_diffusion.evaluation.features import from_transformers
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
 from micro_diffusion.models import openclip, pretrained
-from micro_diffusion.models.text_encoders import WEIGHTS
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed
 
@@ -192,14 +192,10 @@ def mask2former(place: str, device: torch.device) -> tuple[Detect, str, bool]:
 
     Pictures are scaled as by mmdet, whatever the folder says: bilinear, to bytes, without smoothing.
     """
-    folder = pretrained.part_folder(place, ["config.json"], weights=WEIGHTS)
-    files = pretrained.weight_files("detector", folder, WEIGHTS)
-    with pretrained.loading("detector", library="transformers") as library:
-        kind = library.Mask2FormerForUniversalSegmentation
-        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if report["missing_keys"] or model.config.num_labels != len(OBJECTS):
+    model, folder, digest = from_transformers("mask2former", place, "Mask2FormerForUniversalSegmentation")
+    if model.config.num_labels != len(OBJECTS):
         raise UserError(f"{folder} is not a whole Mask2Former of COCO's {len(OBJECTS)} classes; take {DETECTOR}.")
-    model, swin = model.eval().float().to(device), model.config.backbone_config.to_dict()
+    model, swin = model.to(device), model.config.backbone_config.to_dict()
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=device).view(2, 3, 1, 1)
 
     @torch.inference_mode()
@@ -214,7 +210,7 @@ def mask2former(place: str, device: torch.device) -> tuple[Detect, str, bool]:
         return instances(out.class_queries_logits[0], interpolate(masks, picture.size[::-1], mode="bilinear")[0])
 
     usual = swin.get("embed_dim") == 96 and swin.get("depths") == [2, 2, 18, 2]
-    return detect, f"Mask2Former ({place}, {pretrained.weights_sha256(files)[:12]})", usual
+    return detect, f"Mask2Former ({place}, {digest[:12]})", usual
 
 
 def instances(classes: Float[Tensor, "q c"], masks: Float[Tensor, "q h w"]) -> list[Detection]:

@@ -78,7 +78,5 @@ METRICS = {  # kid before fid: it leaves what fid needs
     "clip-fid": Metric("clip-vit-b-32", partial(frechet, "CLIP-FID"), least=30_000, keep=False),
     "fd-dinov2": Metric("dinov2-vit-l-14", partial(frechet, "FD-DINOv2"), least=10_000, keep=False),
     "cmmd": Metric("clip-vit-l-14-336", cmmd, least=1000),
-    "clip-score": Metric("clip-score"),
-    "pickscore": Metric("pickscore"),
-    "hpsv2": Metric("hpsv2"),
+    **{name: Metric(name) for name in ("clip-score", "pickscore", "hpsv2")},
 }

@@ -29,17 +29,13 @@ class ScenesBenchmark:
     @cached_property
     def scenes(self) -> list[Scene]:
         """A scene a prompt; any number of the first ones has the tasks in equal parts."""
-        every = (
-            scenes(self.seed, task=task, wanted=lambda s: s.task == TASKS[0] or bool(s.held_out)) for task in TASKS
-        )
-        return [scene for row in islice(zip(*every, strict=True), self.per_task) for scene in row]
+        rows = (scenes(self.seed, task=task, wanted=lambda s: s.task == TASKS[0] or bool(s.held_out)) for task in TASKS)
+        return [scene for column in islice(zip(*rows, strict=True), self.per_task) for scene in column]
 
     def prompts(self) -> list[Prompt]:
         """The scenes' words; the truth is in the form of GenEval's metadata."""
-        return [
-            Prompt(scene.words, derive_seed(self.seed, "scene prompt", index), scene.truth | {"scene": index})
-            for index, scene in enumerate(self.scenes)
-        ]
+        truths = [scene.truth | {"scene": index} for index, scene in enumerate(self.scenes)]
+        return [Prompt(t["prompt"], derive_seed(self.seed, "scene prompt", i), t) for i, t in enumerate(truths)]
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """A scene that a prompt asks for, composed."""
@@ -55,12 +51,10 @@ class ScenesBenchmark:
         ceiling = task_scores(truths, list(map(verdict, truths, find(detector, true))))
         numbers = task_scores(truths, drawn)
         numbers |= {f"{task}, true pictures": share for task, share in ceiling.items()}
-        protocol = (
-            f"{len(truths)} prompts, compositions held out but for single objects, a picture each; embedded detector "
-            f"(sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px, GenEval's logic"
-        )
+        network = f"embedded detector (sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px"
+        asked = f"{len(truths)} prompts, compositions held out but for single objects, a picture each"
         each = {"right": [float(one.correct) for one in drawn]}
-        return Scores(protocol, numbers, each, notes=[one.reason for one in drawn])
+        return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=[one.reason for one in drawn])
 
 
 @torch.no_grad()

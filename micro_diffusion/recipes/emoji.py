@@ -19,14 +19,14 @@ def quickstart() -> Recipe:
         name="64 px masked", resolution=64, images=64 * 300, batch_size=64, mask_ratio=0.5, learning_rate=2e-3,
         warmup_images=64 * 50, clip_norm=1.0, start="scratch",
     )  # fmt: skip
-    second = replace(
-        first, name="64 px", images=64 * 100, mask_ratio=0.0, learning_rate=1e-3, warmup_images=0,
+    second = Stage(
+        name="64 px", resolution=64, images=64 * 100, batch_size=64, learning_rate=1e-3, clip_norm=1.0,
         start="all_but_schedule",
     )  # fmt: skip
     third = replace(first, name="128 px masked", resolution=128, start="weights", pos_interp_scale=2.0)
     fourth = replace(
-        third, name="128 px", images=64 * 1300, mask_ratio=0.0, warmup_images=0, schedule="cosine",
-        final_lr_ratio=0.01, start="all_but_schedule", ema_halflife_images=64 * 50,
+        second, name="128 px", resolution=128, images=64 * 1300, learning_rate=2e-3, schedule="cosine",
+        final_lr_ratio=0.01, pos_interp_scale=2.0, ema_halflife_images=64 * 50,
     )  # fmt: skip
     model = PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding")
     return Recipe(
@@ -46,9 +46,8 @@ def emoji() -> Recipe:
         name="64 px masked", resolution=64, images=batch * 3000, batch_size=batch, mask_ratio=0.75,
         learning_rate=8e-4, warmup_images=batch * 300, start="scratch",
     )  # fmt: skip
-    second = replace(
-        first, name="64 px", images=batch * 1000, mask_ratio=0.0, learning_rate=4e-4, warmup_images=0,
-        start="all_but_schedule",
+    second = Stage(
+        name="64 px", resolution=64, images=batch * 1000, batch_size=batch, learning_rate=4e-4, start="all_but_schedule",
     )  # fmt: skip
     third = replace(
         first, name="128 px masked", resolution=128, images=batch * 9000, learning_rate=6e-4, start="weights",

@@ -207,8 +207,7 @@ def place(generator: np.random.Generator, shapes: list[tuple[int, int]], relatio
     """Boxes that do not touch, of the drawings' shapes; the first stands to the second as `relation` says."""
     low, high = SIZES[len(shapes)]
     for attempt in itertools.count():
-        shrink = 0.98 ** max(0, attempt - 60)
-        size, boxes = generator.uniform(low, high) * shrink, list[Box]()
+        size, boxes = generator.uniform(low, high) * 0.98 ** max(0, attempt - 60), list[Box]()
         for shape in shapes:
             scale = size * generator.uniform(0.9, 1.1) / max(shape)
             width, height = (max(8, round(side * scale)) for side in shape)
