@@ -123,8 +123,7 @@ def right(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]]) -> d
 def sureness(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]], what: str) -> Float[Tensor, " b"]:
     """Log-probability of the true concept or style."""
     names = torch.tensor([judge.names[f"{what}s"].index(truth[what]) for truth in truths])
-    logits: Tensor = getattr(said, what).cpu()
-    return logits.log_softmax(-1).gather(1, names[:, None])[:, 0]
+    return -torch.nn.functional.cross_entropy(getattr(said, what).cpu(), names, reduction="none")
 
 
 def seen_as(judge: Judge, said: Opinion) -> list[str]:

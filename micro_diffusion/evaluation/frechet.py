@@ -35,8 +35,8 @@ class Moments:
     def save(self, path: Path) -> None:
         """Write reference statistics as safetensors; what made them is the metadata."""
         with atomic_file(path) as file:
-            tensors = {"mean": self.mean, "scatter": self.scatter}
-            save_file(tensors, file, metadata=self.made | {"count": str(self.count)})
+            made = self.made | {"count": str(self.count)}
+            save_file({"mean": self.mean, "scatter": self.scatter}, file, metadata=made)
 
     @classmethod
     def load(cls, path: Path) -> "Moments":

@@ -47,7 +47,7 @@ def emoji() -> Recipe:
         learning_rate=8e-4, warmup_images=batch * 300, start="scratch",
     )  # fmt: skip
     second = Stage(
-        name="64 px", resolution=64, images=batch * 1000, batch_size=batch, learning_rate=4e-4, start="all_but_schedule",
+        name="64 px", resolution=64, images=batch * 1000, batch_size=batch, learning_rate=4e-4, start="all_but_schedule"
     )  # fmt: skip
     third = replace(
         first, name="128 px masked", resolution=128, images=batch * 9000, learning_rate=6e-4, start="weights",

@@ -103,9 +103,8 @@ class Scene(NamedTuple):
     @property
     def truth(self) -> dict[str, Any]:
         """As GenEval's metadata tells it: classes to find, with counts, colours and the place to the one before."""
-        include: list[dict[str, Any]] = [{"class": g.concept, "count": g.copies} for g in self.groups]
-        for entry, group in zip(include, self.groups, strict=True):
-            entry |= {"color": group.colour} if group.colour else {}
+        tints: list[dict[str, Any]] = [{"color": g.colour} if g.colour else {} for g in self.groups]
+        include = [{"class": g.concept, "count": g.copies} | tint for g, tint in zip(self.groups, tints, strict=True)]
         if self.relation:  # the object that is placed comes last there
             include = include[::-1]
             include[1]["position"] = [self.relation, 0]
