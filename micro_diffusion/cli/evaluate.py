@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.runtime.distributed import World
 
+Make = Callable[[Mapping[str, str], Path | None], "Benchmark"]  # of the places of weights and a file of prompts
 Score = Callable[["PictureFolder"], "Scores"]
 PATIENCE = 7200.0  # seconds that ranks wait for each other
 PAPER: dict[str, Any] = {"metrics": ("fid", "clip-score"), "limit": 30_000, "resize": 256, "guidance": (5.0,)}
@@ -45,9 +47,7 @@ def geneval(weights: Mapping[str, str], prompts: Path | None) -> "Benchmark":
     return GenEval(weights, truths=read_metadata(prompts) if prompts else ())
 
 
-BENCHMARKS: "dict[str, Callable[[Mapping[str, str], Path | None], Benchmark]]" = {
-    "emoji": emoji, "scenes": scenes, "geneval": geneval,
-}  # fmt: skip
+BENCHMARKS: dict[str, Make] = {"emoji": emoji, "scenes": scenes, "geneval": geneval}
 
 
 @dataclass(frozen=True)
@@ -142,24 +142,19 @@ class Evaluate(Sampling):
         places = dict(place.split("=", 1) for place in self.weights)
         if self.benchmark:
             benchmark = choose(BENCHMARKS, self.benchmark, "benchmark")(places, self.prompts)
-            scorers[self.benchmark] = lambda folder: benchmark.score(folder, device)
+            scorers[self.benchmark] = partial(benchmark.score, device=device)
             prompts = [] if self.pictures else benchmark.prompts()
         else:
             texts = captions(self.prompts) if self.prompts else []
             prompts = [Prompt(text, index) for index, text in enumerate(texts)]
         if self.metrics:
-            from micro_diffusion.evaluation.features import Settings
-            from micro_diffusion.evaluation.frechet import Moments
-            from micro_diffusion.evaluation.metrics import METRICS, Metric
+            from micro_diffusion.evaluation.metrics import METRICS, Moments, Settings
 
             settings, true = Settings(device, self.batch_size, places, self.resize), self.reference
             reference = (PictureFolder(true) if true.is_dir() else Moments.load(true)) if true else None
-
-            def by(metric: Metric) -> Score:
-                return lambda folder: metric(folder, reference, settings)
-
             chosen = {name: choose(METRICS, name, "metric") for name in self.metrics}
-            scorers |= {name: by(chosen[name]) for name in METRICS if name in chosen}
+            for name in (name for name in METRICS if name in chosen):
+                scorers[name] = partial(chosen[name], reference=reference, settings=settings)
         if self.seed:
             prompts = [prompt._replace(seed=derive_seed(self.seed, prompt.seed)) for prompt in prompts]
         return spread(prompts, self.limit), scorers
@@ -211,11 +206,9 @@ def captions(path: Path) -> list[str]:
         texts = [text.decode(errors="replace") if isinstance(text, bytes) else text for text in found]
     else:
         texts = path.read_text(encoding="utf-8").splitlines()
-    if not (texts := [text.strip() for text in texts if text.strip()]):
-        raise UserError(
-            f"{path} has no captions: give a text file, or a table with one of {', '.join(CAPTION_COLUMNS)}."
-        )
-    return texts
+    if texts := [text.strip() for text in texts if text.strip()]:
+        return texts
+    raise UserError(f"{path} has no captions: give a text file, or a table with one of {', '.join(CAPTION_COLUMNS)}.")
 
 
 def during_training(

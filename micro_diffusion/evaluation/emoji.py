@@ -31,9 +31,6 @@ SEEN, REPEATS, REPEATED = 0.027, 4, 32  # share of the seen pairs asked for; pic
 class EmojiBenchmark:
     """Every held-out pair and concept, about as many seen pairs, and more pictures of some to see how they differ."""
 
-    def __init__(self, *, seed: int = 0) -> None:
-        self.seed = seed
-
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The drawings asked for, in an order that mixes the kinds."""
@@ -43,11 +40,9 @@ class EmojiBenchmark:
     def prompts(self) -> list[Prompt]:
         """The drawings' captions, then those of the first `REPEATED` again, from other noise."""
         asked = [*self.rows, *self.rows[:REPEATED] * (REPEATS - 1)]
-        return [
-            Prompt(row["caption"], derive_seed(self.seed, "emoji prompt", index),
-                   {name: row[name] for name in ("concept", "style", "split")})
-            for index, row in enumerate(asked)
-        ]  # fmt: skip
+        seeds = [derive_seed(0, "emoji prompt", index) for index in range(len(asked))]
+        truths = [{name: row[name] for name in ("concept", "style", "split")} for row in asked]
+        return list(map(Prompt, [row["caption"] for row in asked], seeds, truths))
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """The drawing that a prompt asks for."""
@@ -59,46 +54,38 @@ class EmojiBenchmark:
         truths = [prompt.truth for prompt in prompts]
         true = [self.true_picture(truth) for truth in truths]
         numbers: dict[str, float] = {}
-        for name, mark in (("judge", ""), ("second", " (second judge)")):
-            judge = cast(Judge, load_network(name)).to(device)
-            for said, what in (
-                (opinion(judge, pictures.batches(BLOCK)), ""),
-                (opinion(judge, [true]), ", true pictures"),
-            ):
-                hits = right(judge, said, truths)
+        judges = [cast(Judge, load_network(name)).to(device) for name in ("judge", "second")]
+        said = [(opinion(judge, pictures.batches(BLOCK)), opinion(judge, [true])) for judge in judges]
+        for judge, opinions, mark in zip(judges, said, ("", " (second judge)"), strict=True):
+            for each, what in zip(opinions, ("", ", true pictures"), strict=True):
+                hits = right(judge, each, truths)
                 for kind, words in KINDS.items():
                     rows = [index for index, truth in enumerate(truths) if truth["split"] == kind]
                     for measure, hit in hits.items() if rows else ():
                         numbers[f"{measure}, {words}{what}{mark}"] = float(hit[rows].float().mean())
-        judge = cast(Judge, load_network("judge")).to(device)
-        drawn, real = opinion(judge, pictures.batches(BLOCK)), opinion(judge, [true])
-        numbers |= self.distances(judge, drawn, real, truths, [prompt.text for prompt in prompts])
+        judge, (drawn, real) = judges[0], said[0]
+        numbers |= self.distances(judge, drawn, real, prompts)
         hashes = " and ".join(sha256(FOLDER / f"{name}.safetensors")[:12] for name in ("judge", "second"))
         protocol = f"{len(truths)} prompts, judged by the embedded networks (sha256 {hashes}) at {Judge.SIZE} px"
         sure = sureness(judge, drawn, truths, "concept") + sureness(judge, drawn, truths, "style")
         return Scores(protocol, numbers, {"sure": sure.tolist()}, notes=seen_as(judge, drawn))
 
-    def distances(
-        self, judge: Judge, drawn: Opinion, real: Opinion, truths: Sequence[Mapping[str, Any]], texts: Sequence[str]
-    ) -> dict[str, float]:
+    def distances(self, judge: Judge, drawn: Opinion, real: Opinion, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Frechet and kernel distance over held-out prompts, spread over seeds, and nearest drawings of training."""
-        held = [index for index, truth in enumerate(truths) if truth["split"] != "train"]
+        held = [index for index, prompt in enumerate(prompts) if prompt.truth["split"] != "train"]
         numbers: dict[str, float] = {}
         if len(held) > 1:
             fake, true = drawn.features[held].cpu().double(), real.features[held].cpu().double()
-            moments = [Moments(), Moments()]
-            for each, features in zip(moments, (fake, true), strict=True):
-                each.update(features)
-            numbers["Frechet distance, held-out"] = frechet_distance(*moments)
+            numbers["Frechet distance, held-out"] = frechet_distance(Moments().update(fake), Moments().update(true))
             numbers["kernel distance, held-out"] = kernel_distance(fake, true)
         by_text: dict[str, list[int]] = {}
-        for index, text in enumerate(texts):
-            by_text.setdefault(text, []).append(index)
+        for index, prompt in enumerate(prompts):
+            by_text.setdefault(prompt.text, []).append(index)
         spread = [torch.pdist(drawn.features[rows]).mean().item() for rows in by_text.values() if len(rows) > 1]
         if spread:
             numbers["diversity: distance between seeds"] = float(np.mean(spread))
             numbers["diversity: distance between true pictures"] = torch.pdist(real.features).mean().item()
-        pairs = [index for index, truth in enumerate(truths) if truth["split"] == "held_out_pair"]
+        pairs = [index for index, prompt in enumerate(prompts) if prompt.truth["split"] == "held_out_pair"]
         if pairs:
             training = (row for row in emoji_table() if row["split"] == "train")
             batches = iter(lambda: [_open(row) for row in itertools.islice(training, BLOCK)], [])
@@ -106,10 +93,8 @@ class EmojiBenchmark:
             nearest = torch.cdist(drawn.features[pairs], known).amin(1)
             own = (drawn.features[pairs] - real.features[pairs]).norm(dim=1)
             numbers["memorisation: held-out pairs nearer to a training drawing"] = float((nearest < own).float().mean())
-            true_nearest = torch.cdist(real.features[pairs], known).amin(1)
-            numbers["memorisation: distance to the nearest, relative to true pictures"] = float(
-                nearest.median() / true_nearest.median()
-            )
+            relative = nearest.median() / torch.cdist(real.features[pairs], known).amin(1).median()
+            numbers["memorisation: distance to the nearest, relative to true pictures"] = float(relative)
         return numbers
 
 
@@ -121,9 +106,8 @@ def _open(row: Mapping[str, Any]) -> Image.Image:
 def opinion(judge: Judge, batches: Iterable[Sequence[Image.Image]]) -> Opinion:
     """What the judge says of pictures of one size."""
     device = next(judge.parameters()).device
-    parts = [
-        judge(to_tensor(batch[i : i + BLOCK]).to(device)) for batch in batches for i in range(0, len(batch), BLOCK)
-    ]
+    cuts = (batch[i : i + BLOCK] for batch in batches for i in range(0, len(batch), BLOCK))
+    parts = [judge(to_tensor(cut).to(device)) for cut in cuts]
     return Opinion(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -133,16 +117,13 @@ def right(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]]) -> d
     style = torch.tensor([judge.names["styles"].index(truth["style"]) for truth in truths])
     best = said.concept.topk(5).indices.cpu() == concept[:, None]
     styled = said.style.argmax(-1).cpu() == style
-    return {
-        "concept top-1": best[:, 0], "concept top-5": best.any(1), "style": styled, "both": best[:, 0] & styled,
-    }  # fmt: skip
+    return {"concept top-1": best[:, 0], "concept top-5": best.any(1), "style": styled, "both": best[:, 0] & styled}
 
 
 def sureness(judge: Judge, said: Opinion, truths: Sequence[Mapping[str, Any]], what: str) -> Float[Tensor, " b"]:
     """Log-probability of the true concept or style."""
     names = torch.tensor([judge.names[f"{what}s"].index(truth[what]) for truth in truths])
-    logits: Tensor = getattr(said, what).cpu()
-    return logits.log_softmax(-1).gather(1, names[:, None])[:, 0]
+    return -torch.nn.functional.cross_entropy(getattr(said, what).cpu(), names, reduction="none")
 
 
 def seen_as(judge: Judge, said: Opinion) -> list[str]:
@@ -153,12 +134,6 @@ def seen_as(judge: Judge, said: Opinion) -> list[str]:
 
 def kernel_distance(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> float:
     """Unbiased squared maximum mean discrepancy with the kernel (x y / d + 1)^3 (arXiv 1801.01401, section 4)."""
-
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x: Tensor) -> Tensor:
-        values = kernel(x, x)
-        return (values.sum() - values.trace()) / (len(x) * (len(x) - 1))
-
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    within = [(values.sum() - values.trace()) / (len(values) * (len(values) - 1)) for values in (aa, bb)]
+    return float(sum(within) - 2 * ab.mean())

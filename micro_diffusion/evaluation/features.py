@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from operator import getitem
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,6 +55,17 @@ def inception(name: str, settings: Settings) -> Network:
     return look, sha256(file), "bilinear by the network, as in TensorFlow 1"
 
 
+def from_transformers(name: str, place: str, kind: str) -> tuple[Any, Path, str]:
+    """A model of transformers' class `kind` in a folder or of the hub, its folder, and its weights' sha256."""
+    folder = pretrained.part_folder(place, [*FILES, "preprocessor_config.json"], weights=WEIGHTS)
+    files = pretrained.weight_files(name, folder, WEIGHTS)
+    with pretrained.loading(name, library="transformers") as library:
+        model, report = getattr(library, kind).from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{folder} lacks weights of {name} ({missing[0]} and {len(missing) - 1} more).")
+    return model.eval().float(), folder, pretrained.weights_sha256(files)
+
+
 def transformer(
     name: str, settings: Settings, *, source: str, kind: str, size: int = 224, percent: bool = False
 ) -> Network:
@@ -62,15 +73,10 @@ def transformer(
 
     Of a CLIPModel it is the cosine of picture and caption, times the model's own scale or as max(cosine, 0) in percent.
     """
-    wanted = [*FILES, "preprocessor_config.json"]
-    folder = pretrained.part_folder(settings.weights.get(name, source), wanted, weights=WEIGHTS)
-    files = pretrained.weight_files(name, folder, WEIGHTS)
+    model, folder, digest = from_transformers(name, settings.weights.get(name, source), kind)
     with pretrained.loading(name, library="transformers") as library:
-        model, report = getattr(library, kind).from_pretrained(folder, local_files_only=True, output_loading_info=True)
         processor = library.AutoProcessor.from_pretrained(folder, local_files_only=True)
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{folder} lacks weights of {name} ({missing[0]} and {len(missing) - 1} more).")
-    model = model.eval().float().to(settings.device)
+    model.to(settings.device)
 
     def look(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         squares = [Image.fromarray(resize_crop(picture, size)) for picture in pictures]
@@ -82,7 +88,7 @@ def transformer(
         cosine = (out.image_embeds * out.text_embeds).sum(1, keepdim=True)
         return 100 * cosine.clamp(min=0) if percent else model.logit_scale.exp() * cosine
 
-    return look, pretrained.weights_sha256(files), f"central square to {size} px, bicubic"
+    return look, digest, f"central square to {size} px, bicubic"
 
 
 def hpsv2(name: str, settings: Settings, *, kind: str = "ViT-H-14") -> Network:
@@ -131,7 +137,7 @@ def measure(pictures: Reference, name: str, settings: Settings, *, keep: bool = 
         pictures.one_size()  # or it says which picture has another
     sizes, digest, kept = set(), hashlib.sha256(), []
     cuts = (slice(start, start + settings.batch_size) for start in range(0, len(pictures), settings.batch_size))
-    for batch in ahead((partial(getitem, pictures, cut) for cut in cuts), depth=4, workers=4, name="decode"):
+    for batch in ahead((partial(pictures.__getitem__, cut) for cut in cuts), depth=4, workers=4, name="decode"):
         for picture in batch:
             sizes.add(f"{picture.width} x {picture.height}")
             digest.update(picture.tobytes())

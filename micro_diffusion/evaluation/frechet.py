@@ -23,19 +23,20 @@ class Moments:
     scatter: Tensor = field(default_factory=lambda: torch.zeros(()))
     features: Tensor = field(default_factory=lambda: torch.zeros(0))  # (n, d); filled only by who wants to keep them
 
-    def update(self, features: Float[Tensor, "b d"]) -> None:
-        """Take a batch in."""
+    def update(self, features: Float[Tensor, "b d"]) -> "Moments":
+        """Take a batch in and return itself."""
         batch, total = features.cpu().double(), self.count + len(features)
         shift, centred = batch.mean(0) - self.mean, batch - batch.mean(0)
         between = torch.outer(shift, shift) * (self.count * len(batch) / total)
         self.scatter = self.scatter + centred.T @ centred + between
         self.mean, self.count = self.mean + shift * (len(batch) / total), total
+        return self
 
     def save(self, path: Path) -> None:
         """Write reference statistics as safetensors; what made them is the metadata."""
         with atomic_file(path) as file:
-            tensors = {"mean": self.mean, "scatter": self.scatter}
-            save_file(tensors, file, metadata=self.made | {"count": str(self.count)})
+            made = self.made | {"count": str(self.count)}
+            save_file({"mean": self.mean, "scatter": self.scatter}, file, metadata=made)
 
     @classmethod
     def load(cls, path: Path) -> "Moments":

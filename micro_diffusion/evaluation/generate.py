@@ -79,13 +79,10 @@ def _description(model: LatentDiffusion, drawing: Drawing) -> dict[str, Any]:
     height, width = (side * model.vae.downscale for side in model.dit.config.latent_size)
     return {
         "weights": hash_tensors({name: tensor.cpu() for name, tensor in model.dit.state_dict().items()}),
-        "autoencoder": model.vae.sha256,
-        "text_encoder": model.text_encoder.sha256,
-        "objective": f"{model.objective}",
-        "size": f"{width} x {height}",
-        "precision": model.precision if model.device.type == "cuda" else "float32",
-        **asdict(drawing),
-    }
+        "autoencoder": model.vae.sha256, "text_encoder": model.text_encoder.sha256,
+        "objective": f"{model.objective}", "size": f"{width} x {height}",
+        "precision": model.precision if model.device.type == "cuda" else "float32", **asdict(drawing),
+    }  # fmt: skip
 
 
 def _check(out: Path, made: dict[str, Any], prompts: Sequence[Prompt]) -> None:

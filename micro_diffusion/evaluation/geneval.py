@@ -17,15 +17,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize, pad
 
+from micro_diffusion.data.sources.emoji_scenes import RELATIONS, TASKS
+from micro_diffusion.evaluation.features import from_transformers
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
 from micro_diffusion.models import openclip, pretrained
-from micro_diffusion.models.text_encoders import WEIGHTS
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed
 
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-RELATIONS = ["left of", "right of", "above", "below"]
 OBJECTS = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign
 parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase
 frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass
@@ -122,7 +121,7 @@ def geneval_prompts(seed: int = 43) -> list[Truth]:
         names = [singles.pop(0)] if singles else draw(OBJECTS[coloured:], size)  # no person has a colour
         colours = draw(COLOURS, size) if coloured else []
         words = [f"{colour} {name}" for colour, name in zip(colours, names, strict=False)] or names
-        link = draw(RELATIONS)[0] if task == "position" else "and"
+        link = draw(list(RELATIONS))[0] if task == "position" else "and"
         text = f" {link} ".join(f"{'an' if word[0] in 'aeiou' else 'a'} {word}" for word in words)
         if task == "counting":
             count = int(rng.integers(2, 5))
@@ -144,7 +143,7 @@ def read_metadata(path: Path) -> list[Truth]:
             truths.append(json.loads(line))
             known = truths[-1]["tag"] in TASKS and isinstance(truths[-1]["prompt"], str)
             for index, clause in enumerate([*truths[-1]["include"], *truths[-1].get("exclude", [])]):
-                relation, target = clause.get("position", (RELATIONS[0], 0))
+                relation, target = clause.get("position", ("above", 0))
                 known &= clause["class"] in OBJECTS and clause["count"] > 0 and clause.get("color", "red") in COLOURS
                 known &= relation in RELATIONS and ("position" not in clause or target in range(index))
             if not known:
@@ -162,9 +161,7 @@ class GenEval:
     `weights` says where "mask2former" and "clip-vit-l-14" are (folder or name on the hub); `detect` replaces the first.
     """
 
-    def __init__(
-        self, weights: Mapping[str, str], *, truths: Sequence[Truth] = (), detect: Detect | None = None
-    ) -> None:
+    def __init__(self, weights: Mapping[str, str], *, truths: Sequence[Truth] = (), detect: Detect | None = None):
         self.weights, self.truths, self.detect = weights, truths or geneval_prompts(), detect
 
     def prompts(self) -> list[Prompt]:
@@ -195,14 +192,10 @@ def mask2former(place: str, device: torch.device) -> tuple[Detect, str, bool]:
 
     Pictures are scaled as by mmdet, whatever the folder says: bilinear, to bytes, without smoothing.
     """
-    folder = pretrained.part_folder(place, ["config.json"], weights=WEIGHTS)
-    files = pretrained.weight_files("detector", folder, WEIGHTS)
-    with pretrained.loading("detector", library="transformers") as library:
-        kind = library.Mask2FormerForUniversalSegmentation
-        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    if report["missing_keys"] or model.config.num_labels != len(OBJECTS):
+    model, folder, digest = from_transformers("mask2former", place, "Mask2FormerForUniversalSegmentation")
+    if model.config.num_labels != len(OBJECTS):
         raise UserError(f"{folder} is not a whole Mask2Former of COCO's {len(OBJECTS)} classes; take {DETECTOR}.")
-    model, swin = model.eval().float().to(device), model.config.backbone_config.to_dict()
+    model, swin = model.to(device), model.config.backbone_config.to_dict()
     mean, std = torch.tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], device=device).view(2, 3, 1, 1)
 
     @torch.inference_mode()
@@ -217,7 +210,7 @@ def mask2former(place: str, device: torch.device) -> tuple[Detect, str, bool]:
         return instances(out.class_queries_logits[0], interpolate(masks, picture.size[::-1], mode="bilinear")[0])
 
     usual = swin.get("embed_dim") == 96 and swin.get("depths") == [2, 2, 18, 2]
-    return detect, f"Mask2Former ({place}, {pretrained.weights_sha256(files)[:12]})", usual
+    return detect, f"Mask2Former ({place}, {digest[:12]})", usual
 
 
 def instances(classes: Float[Tensor, "q c"], masks: Float[Tensor, "q h w"]) -> list[Detection]:

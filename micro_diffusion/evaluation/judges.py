@@ -121,7 +121,5 @@ def load_network(name: str, folder: Path = FOLDER) -> nn.Module:
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Float[Tensor, "b 3 height width"]:
     """Pictures of one size, in [0, 1]."""
-    return (
-        torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])).permute(0, 3, 1, 2)
-        / 255
-    )
+    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255

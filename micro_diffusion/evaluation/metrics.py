@@ -61,10 +61,8 @@ def frechet(title: str, drawn: Moments, true: Moments) -> Mapping[str, float]:
 def fidelity(kind: Literal["kid", "prc"], drawn: Moments, true: Moments) -> Mapping[str, float]:
     """torch-fidelity's kernel distance, or precision and recall."""
     compute = getattr(optional_package(f"torch_fidelity.metric_{kind}"), f"{kind}_features_to_metric")
-    subset = min(1000, drawn.count, true.count)
-    numbers = compute(
-        drawn.features, true.features, kid_subset_size=subset, save_cpu_ram=True, prc_batch_size=1000, verbose=False
-    )
+    options = {"kid_subset_size": min(1000, drawn.count, true.count), "save_cpu_ram": True, "prc_batch_size": 1000}
+    numbers = compute(drawn.features, true.features, verbose=False, **options)
     return {name.replace("kernel_inception_distance", "KID").replace("_", " "): x for name, x in numbers.items()}
 
 
@@ -80,7 +78,5 @@ METRICS = {  # kid before fid: it leaves what fid needs
     "clip-fid": Metric("clip-vit-b-32", partial(frechet, "CLIP-FID"), least=30_000, keep=False),
     "fd-dinov2": Metric("dinov2-vit-l-14", partial(frechet, "FD-DINOv2"), least=10_000, keep=False),
     "cmmd": Metric("clip-vit-l-14-336", cmmd, least=1000),
-    "clip-score": Metric("clip-score"),
-    "pickscore": Metric("pickscore"),
-    "hpsv2": Metric("hpsv2"),
+    **{name: Metric(name) for name in ("clip-score", "pickscore", "hpsv2")},
 }

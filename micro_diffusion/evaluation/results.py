@@ -35,15 +35,11 @@ class Point(NamedTuple):
 def write_report(out: Path, points: Mapping[str, Point]) -> None:
     """Write results.json and report.html of points that the same metrics scored, such as those of a guidance sweep."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {
-        label: {
-            "pictures": os.path.relpath(point.pictures.path, out), "made": point.made,
-            "scores": {name: asdict(scores) for name, scores in point.scores.items()},
-        }
-        for label, point in points.items()
-    }  # fmt: skip
-    sections = {}
-    for name in next(iter(points.values())).scores:
+    results, sections, first = {}, {}, next(iter(points.values()))
+    for label, point in points.items():
+        scores = {name: asdict(scores) for name, scores in point.scores.items()}
+        results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
+    for name in first.scores:
         scored = [point.scores[name] for point in points.values()]
         rows = {key: [f"{of.numbers[key]:.4g}" for of in scored] for key in scored[0].numbers}
         warned = [f"Not comparable: {warning}" for of in scored for warning in of.warnings]
@@ -53,11 +49,9 @@ def write_report(out: Path, points: Mapping[str, Point]) -> None:
         sections["Guidance"] = _curves(list(points.values()))
     for label, point in points.items():
         sections[f"Pictures, {label}"] = _examples(point) + facts(point.made)
-    page = html_page(
-        "Evaluation", f"Pictures of {next(iter(points.values())).made.get('model', 'a folder')}.", sections
-    )
+    lead = f"Pictures of {first.made.get('model', 'a folder')}."
     write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
-    write_atomic(out / REPORT, page)
+    write_atomic(out / REPORT, html_page("Evaluation", lead, sections))
 
 
 def _curves(points: Sequence[Point]) -> str:
@@ -70,8 +64,8 @@ def _curves(points: Sequence[Point]) -> str:
     for x, y in (("guidance", list(titles)[1]), ("clip-score", "fid")):
         if x in titles and y in titles:
             line, marks = [(each[x], each[y]) for each in swept], [(each[x], f"{each['guidance']:g}") for each in swept]
-            title, labels = f"{titles[y]} over {titles[x]}", (titles[x], titles[y])
-            svg = curve_svg({labels[1]: line}, title=title, x_label=labels[0], y_label=labels[1], marks=marks)
+            title = f"{titles[y]} over {titles[x]}"
+            svg = curve_svg({titles[y]: line}, title=title, x_label=titles[x], y_label=titles[y], marks=marks)
             body += figure(svg, alt=title, caption="Marked by guidance; the same prompts and noise at each.")
     return body
 

@@ -29,19 +29,13 @@ class ScenesBenchmark:
     @cached_property
     def scenes(self) -> list[Scene]:
         """A scene a prompt; any number of the first ones has the tasks in equal parts."""
-
-        def held_out(task: str) -> Iterator[Scene]:
-            return scenes(self.seed, task=task, wanted=lambda scene: task == TASKS[0] or bool(scene.held_out))
-
-        rows = [islice(held_out(task), self.per_task) for task in TASKS]
-        return [scene for row in zip(*rows, strict=True) for scene in row]
+        rows = (scenes(self.seed, task=task, wanted=lambda s: s.task == TASKS[0] or bool(s.held_out)) for task in TASKS)
+        return [scene for column in islice(zip(*rows, strict=True), self.per_task) for scene in column]
 
     def prompts(self) -> list[Prompt]:
         """The scenes' words; the truth is in the form of GenEval's metadata."""
-        return [
-            Prompt(scene.words, derive_seed(self.seed, "scene prompt", index), scene.truth | {"scene": index})
-            for index, scene in enumerate(self.scenes)
-        ]
+        truths = [scene.truth | {"scene": index} for index, scene in enumerate(self.scenes)]
+        return [Prompt(t["prompt"], derive_seed(self.seed, "scene prompt", i), t) for i, t in enumerate(truths)]
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """A scene that a prompt asks for, composed."""
@@ -57,35 +51,29 @@ class ScenesBenchmark:
         ceiling = task_scores(truths, list(map(verdict, truths, find(detector, true))))
         numbers = task_scores(truths, drawn)
         numbers |= {f"{task}, true pictures": share for task, share in ceiling.items()}
-        protocol = (
-            f"{len(truths)} prompts, compositions held out but for single objects, a picture each; embedded detector "
-            f"(sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px, GenEval's logic"
-        )
-        return Scores(
-            protocol, numbers, {"right": [float(each.correct) for each in drawn]}, notes=[each.reason for each in drawn]
-        )
+        network = f"embedded detector (sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px"
+        asked = f"{len(truths)} prompts, compositions held out but for single objects, a picture each"
+        each = {"right": [float(one.correct) for one in drawn]}
+        return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=[one.reason for one in drawn])
 
 
 @torch.no_grad()
 def find(detector: Detector, pictures: Sequence[Image.Image]) -> Iterator[list[Detection]]:
     """The objects in each picture, the surest first: where a cell is surer of a centre than its eight neighbours."""
     device = next(detector.parameters()).device
-    colours = [None, *detector.names["colours"][1:]]
+    concepts, colours = detector.names["concepts"], [None, *detector.names["colours"][1:]]
     for start in range(0, len(pictures), BLOCK):
         some = pictures[start : start + BLOCK]
         cells = detector(to_tensor(some).to(device))
         sure = cells.centre.sigmoid()
         peak = (sure == F.max_pool2d(sure[:, None], 3, 1, 1)[:, 0]) & (sure > CONFIDENCE)
         for index, picture in enumerate(some):
-            at = peak[index].nonzero()
             order = sure[index][peak[index]].argsort(descending=True)
-            y, x = at[order].unbind(-1)
+            y, x = peak[index].nonzero()[order].unbind(-1)
             middle = torch.stack([x, y], -1) + 0.5
             box = cells.box[index][y, x]
             scale = STRIDE / Detector.SIZE * np.array([*picture.size, *picture.size])
             corners = torch.cat([middle - box[:, :2], middle + box[:, 2:]], -1).cpu().numpy() * scale
             names, tints = (logits[index][y, x].argmax(-1).tolist() for logits in (cells.concept, cells.colour))
-            yield [
-                Detection(detector.names["concepts"][name], tuple(corner), 1.0, colours[tint])
-                for corner, name, tint in zip(corners.tolist(), names, tints, strict=True)
-            ]
+            found = zip(corners.tolist(), names, tints, strict=True)
+            yield [Detection(concepts[name], tuple(corner), 1.0, colours[tint]) for corner, name, tint in found]

@@ -33,58 +33,52 @@ def baseline() -> Recipe:
     )  # fmt: skip
 
 
+BASE = baseline()
+
+
 def no_mixer() -> Recipe:
     """Naive masking: patches are dropped before they have seen each other. Result: not measured yet."""
-    base = baseline()
-    return replace(base, name="no-mixer", model=replace(base.model, use_patch_mixer=False))
+    return replace(BASE, name="no-mixer", model=replace(BASE.model, use_patch_mixer=False))
 
 
 def masked(name: str, ratio: float) -> Recipe:
     """Another share of the patches dropped in the first stage; at 0 both are alike. Result: not measured yet."""
-    base = baseline()
-    return replace(base, name=name, stages=(replace(base.stages[0], mask_ratio=ratio), base.stages[1]))
+    return replace(BASE, name=name, stages=(replace(BASE.stages[0], mask_ratio=ratio), BASE.stages[1]))
 
 
 def no_unmasked() -> Recipe:
     """The last stage keeps its schedule, and the mask of the first. Result: not measured yet."""
-    base = baseline()
-    first, second = base.stages
-    return replace(base, name="no-unmasked", stages=(first, replace(second, mask_ratio=first.mask_ratio)))
+    first, second = BASE.stages
+    return replace(BASE, name="no-unmasked", stages=(first, replace(second, mask_ratio=first.mask_ratio)))
 
 
 def no_experts() -> Recipe:
     """Every feed-forward is a plain one, as wide as before. Result: not measured yet."""
-    base = baseline()
-    return replace(base, name="no-experts", model=replace(base.model, num_experts=0))
+    return replace(BASE, name="no-experts", model=replace(BASE.model, num_experts=0))
 
 
 def constant_widths() -> Recipe:
     """Blocks alike, as wide as the baseline's in the mean: within 5% of its size and cost. Result: not measured yet."""
-    base = baseline()
-    model = replace(base.model, qkv_multipliers=(0.75,) * base.model.depth, ffn_multipliers=(2.25,) * base.model.depth)
-    return replace(base, name="constant-widths", model=model)
+    model = replace(BASE.model, qkv_multipliers=(0.75,) * BASE.model.depth, ffn_multipliers=(2.25,) * BASE.model.depth)
+    return replace(BASE, name="constant-widths", model=model)
 
 
 def smaller() -> Recipe:
     """No mask, and a model that costs without it what the baseline costs with it. Result: not measured yet."""
-    base = masked("smaller", 0.0)
     qkv, ffn = linear_scaling(0.5, 1.0, 7), linear_scaling(0.5, 4.0, 7)
-    model = replace(base.model, dim=128, depth=7, patch_mixer_dim=64, qkv_multipliers=qkv, ffn_multipliers=ffn)
-    return replace(base, model=model)
+    model = replace(BASE.model, dim=128, depth=7, patch_mixer_dim=64, qkv_multipliers=qkv, ffn_multipliers=ffn)
+    return replace(masked("smaller", 0.0), model=model)
 
 
 def less_noise() -> Recipe:
     """The mean of ln(sigma) at EDM's -1.2 in place of the paper's -0.6. Result: not measured yet."""
-    base = baseline()
-    return replace(base, name="less-noise", stages=tuple(replace(stage, p_mean=-1.2) for stage in base.stages))
+    return replace(BASE, name="less-noise", stages=tuple(replace(stage, p_mean=-1.2) for stage in BASE.stages))
 
 
 def averages() -> Recipe:
     """Averages of five lengths over the last stage, each scored, in place of a half-life. Result: not measured yet."""
-    base = baseline()
-    first, second = base.stages
-    second = replace(second, ema_halflife_images=0, ema_sigma_rel=(0.05, 0.1, 0.15, 0.2, 0.25))
-    return replace(base, name="averages", stages=(first, second))
+    last = replace(BASE.stages[1], ema_halflife_images=0, ema_sigma_rel=(0.05, 0.1, 0.15, 0.2, 0.25))
+    return replace(BASE, name="averages", stages=(BASE.stages[0], last))
 
 
 ABLATIONS: dict[str, Callable[[], Recipe]] = {

@@ -1,5 +1,7 @@
 """Recipes for the embedded emoji: a first taste on two CPU cores, and the whole set on one GPU."""
 
+from dataclasses import replace
+
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.training.config import Recipe, Stage
 
@@ -13,33 +15,23 @@ def quickstart() -> Recipe:
     pictures by heart: hence the high learning rate, and hardly any caption dropout.
     Command: micro-diffusion quickstart
     """
+    first = Stage(
+        name="64 px masked", resolution=64, images=64 * 300, batch_size=64, mask_ratio=0.5, learning_rate=2e-3,
+        warmup_images=64 * 50, clip_norm=1.0, start="scratch",
+    )  # fmt: skip
+    second = Stage(
+        name="64 px", resolution=64, images=64 * 100, batch_size=64, learning_rate=1e-3, clip_norm=1.0,
+        start="all_but_schedule",
+    )  # fmt: skip
+    third = replace(first, name="128 px masked", resolution=128, start="weights", pos_interp_scale=2.0)
+    fourth = replace(
+        second, name="128 px", resolution=128, images=64 * 1300, learning_rate=2e-3, schedule="cosine",
+        final_lr_ratio=0.01, pos_interp_scale=2.0, ema_halflife_images=64 * 50,
+    )  # fmt: skip
+    model = PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding")
     return Recipe(
-        name="quickstart",
-        model=PRESETS["MicroDiT_Nano_4"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding"),
-        stages=(
-            Stage(
-                name="64 px masked", resolution=64, images=64 * 300, batch_size=64, mask_ratio=0.5,
-                learning_rate=2e-3, warmup_images=64 * 50, clip_norm=1.0, start="scratch",
-            ),
-            Stage(
-                name="64 px", resolution=64, images=64 * 100, batch_size=64,
-                learning_rate=1e-3, clip_norm=1.0, start="all_but_schedule",
-            ),
-            Stage(
-                name="128 px masked", resolution=128, images=64 * 300, batch_size=64, mask_ratio=0.5,
-                learning_rate=2e-3, warmup_images=64 * 50, clip_norm=1.0, pos_interp_scale=2.0,
-            ),
-            Stage(
-                name="128 px", resolution=128, images=64 * 1300, batch_size=64,
-                learning_rate=2e-3, schedule="cosine", final_lr_ratio=0.01, clip_norm=1.0,
-                start="all_but_schedule", pos_interp_scale=2.0, ema_halflife_images=64 * 50,
-            ),
-        ),
-        caption_dropout=0.02,
-        weight_decay=0.0,
-        betas=(0.9, 0.99),
-        log_every=64 * 20,
-        checkpoint_every=64 * 500,
+        name="quickstart", model=model, stages=(first, second, third, fourth), caption_dropout=0.02, weight_decay=0.0,
+        betas=(0.9, 0.99), log_every=64 * 20, checkpoint_every=64 * 500,
     )  # fmt: skip
 
 
@@ -50,34 +42,24 @@ def emoji() -> Recipe:
     Command: micro-diffusion train emoji --store STORE --run RUN
     """
     batch = 1024
+    first = Stage(
+        name="64 px masked", resolution=64, images=batch * 3000, batch_size=batch, mask_ratio=0.75,
+        learning_rate=8e-4, warmup_images=batch * 300, start="scratch",
+    )  # fmt: skip
+    second = Stage(
+        name="64 px", resolution=64, images=batch * 1000, batch_size=batch, learning_rate=4e-4, start="all_but_schedule"
+    )  # fmt: skip
+    third = replace(
+        first, name="128 px masked", resolution=128, images=batch * 9000, learning_rate=6e-4, start="weights",
+        pos_interp_scale=2.0, ema_halflife_images=batch * 500, ema_start_images=batch * 1000,
+    )  # fmt: skip
+    fourth = replace(
+        second, name="128 px", resolution=128, images=batch * 3000, schedule="cosine", final_lr_ratio=0.05,
+        pos_interp_scale=2.0, ema_halflife_images=batch * 300,
+    )  # fmt: skip
+    model = PRESETS["MicroDiT_Small_2"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding")
     return Recipe(
-        name="emoji",
-        model=PRESETS["MicroDiT_Small_2"](in_channels=4, caption_channels=TEXT_WIDTH, text_mask="padding"),
-        stages=(
-            Stage(
-                name="64 px masked", resolution=64, images=batch * 3000, batch_size=batch, mask_ratio=0.75,
-                learning_rate=8e-4, warmup_images=batch * 300, start="scratch",
-            ),
-            Stage(
-                name="64 px", resolution=64, images=batch * 1000, batch_size=batch,
-                learning_rate=4e-4, start="all_but_schedule",
-            ),
-            Stage(
-                name="128 px masked", resolution=128, images=batch * 9000, batch_size=batch, mask_ratio=0.75,
-                learning_rate=6e-4, warmup_images=batch * 300, pos_interp_scale=2.0,
-                ema_halflife_images=batch * 500, ema_start_images=batch * 1000,
-            ),
-            Stage(
-                name="128 px", resolution=128, images=batch * 3000, batch_size=batch,
-                learning_rate=4e-4, schedule="cosine", final_lr_ratio=0.05, start="all_but_schedule",
-                pos_interp_scale=2.0, ema_halflife_images=batch * 300,
-            ),
-        ),
-        text_length=24,
-        precision="bf16",
-        compile=True,
-        log_every=batch * 50,
-        checkpoint_every=batch * 2000,
-        sample_every=batch * 1000,
+        name="emoji", model=model, stages=(first, second, third, fourth), text_length=24, precision="bf16",
+        compile=True, log_every=batch * 50, checkpoint_every=batch * 2000, sample_every=batch * 1000,
         validate_every=batch * 500,
     )  # fmt: skip

@@ -25,10 +25,8 @@ NOUNS = """
     snowflake balloon trophy basketball crown bell guitar drum key hammer bomb shield camera door star
 """
 CONCEPTS = tuple(NOUNS.split())  # plain nouns without a colour, drawn by all seven hands
-STYLE_WORDS = {
-    "noto": "noto", "noto-v1": "old noto", "fluent-flat": "fluent flat", "fluent-gradient": "fluent gradient",
-    "fluent-3d": "fluent 3d", "twemoji": "twemoji", "emojione": "emojione",
-}  # fmt: skip
+STYLES = ("noto", "noto-v1", "fluent-flat", "fluent-gradient", "fluent-3d", "twemoji", "emojione")
+STYLE_WORDS = {style: style.replace("-", " ") for style in STYLES} | {"noto-v1": "old noto"}
 COLOURS = {
     "red": (225, 25, 35), "orange": (255, 130, 0), "yellow": (250, 215, 0), "green": (30, 165, 50),
     "blue": (30, 90, 235), "purple": (125, 35, 185), "pink": (255, 120, 190), "grey": (130, 130, 130),
@@ -80,9 +78,8 @@ class Scene(NamedTuple):
     @property
     def captions(self) -> tuple[Caption, ...]:
         style, ground = f"in {STYLE_WORDS[self.style]} style", f"on a {self.ground} background"
-        return tuple(
-            map(Caption, (self.words, f"{self.words}, {style}", f"a picture of {self.words} {ground}, {style}"))
-        )
+        texts = (self.words, f"{self.words}, {style}", f"a picture of {self.words} {ground}, {style}")
+        return tuple(map(Caption, texts))
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -106,9 +103,8 @@ class Scene(NamedTuple):
     @property
     def truth(self) -> dict[str, Any]:
         """As GenEval's metadata tells it: classes to find, with counts, colours and the place to the one before."""
-        include: list[dict[str, Any]] = [{"class": g.concept, "count": g.copies} for g in self.groups]
-        for entry, group in zip(include, self.groups, strict=True):
-            entry |= {"color": group.colour} if group.colour else {}
+        tints: list[dict[str, Any]] = [{"color": g.colour} if g.colour else {} for g in self.groups]
+        include = [{"class": g.concept, "count": g.copies} | tint for g, tint in zip(self.groups, tints, strict=True)]
         if self.relation:  # the object that is placed comes last there
             include = include[::-1]
             include[1]["position"] = [self.relation, 0]
@@ -163,11 +159,8 @@ def bitmap(scene: Scene) -> bytes:
 @cache
 def known() -> Mapping[tuple[str, str], bytes]:
     """The training split's drawings of the scenes' concepts, by concept and style."""
-    return {
-        (row["concept"], row["style"]): row["image"]
-        for row in emoji_table()
-        if row["concept"] in CONCEPTS and row["split"] == "train"
-    }
+    rows = (row for row in emoji_table() if row["concept"] in CONCEPTS and row["split"] == "train")
+    return {(row["concept"], row["style"]): row["image"] for row in rows}
 
 
 @cache
@@ -203,30 +196,24 @@ def compose(scene: Scene, edge: int = EDGE) -> tuple[Image.Image, list[tuple[Box
     shade = np.linspace(0, generator.choice([0, 0, -36, 18]), EDGE)[:, None, None]
     canvas = Image.fromarray(np.clip(np.broadcast_to(ground + shade, (EDGE, EDGE, 3)), 0, 255).astype(np.uint8))
     for box, group, picture in zip(boxes, objects, cut, strict=True):
-        small = (tinted(picture, COLOURS[group.colour]) if group.colour else picture).resize(
-            (box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC
-        )
+        drawing = tinted(picture, COLOURS[group.colour]) if group.colour else picture
+        small = drawing.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC)
         canvas.paste(small, box[:2], small)
-    return canvas if edge == EDGE else canvas.resize((edge, edge), Image.Resampling.BICUBIC), list(
-        zip(boxes, objects, strict=True)
-    )
+    return canvas.resize((edge, edge), Image.Resampling.BICUBIC), list(zip(boxes, objects, strict=True))
 
 
 def place(generator: np.random.Generator, shapes: list[tuple[int, int]], relation: str | None) -> list[Box]:
     """Boxes that do not touch, of the drawings' shapes; the first stands to the second as `relation` says."""
     low, high = SIZES[len(shapes)]
     for attempt in itertools.count():
-        shrink = 0.98 ** max(0, attempt - 60)
-        size, boxes = generator.uniform(low, high) * shrink, list[Box]()
+        size, boxes = generator.uniform(low, high) * 0.98 ** max(0, attempt - 60), list[Box]()
         for shape in shapes:
             scale = size * generator.uniform(0.9, 1.1) / max(shape)
             width, height = (max(8, round(side * scale)) for side in shape)
             left, top = (int(generator.integers(1, max(2, EDGE - side))) for side in (width, height))
             boxes.append((left, top, left + width, top + height))
-        apart = all(
-            a[0] - 2 > b[2] or b[0] - 2 > a[2] or a[1] - 2 > b[3] or b[1] - 2 > a[3]
-            for a, b in itertools.combinations(boxes, 2)
-        )
+        pairs = itertools.combinations(boxes, 2)
+        apart = all(max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3]) > 2 for a, b in pairs)
         if apart and (relation is None or _stands(boxes[0], boxes[1], RELATIONS[relation])):
             return boxes
     raise AssertionError("unreachable")
