@@ -23,7 +23,7 @@ def test_fid_kid_precision_and_recall_are_torch_fidelitys(tmp_path: Path) -> Non
         feature_extractor=INCEPTION, feature_extractor_weights_path=str(weights), kid_subset_size=20, kid_subsets=100,
         cache=False, save_cpu_ram=True, verbose=False,
     )  # fmt: skip
-    settings = Settings(batch_size=7, weights={INCEPTION: str(weights)})
+    settings = Settings(batch_size=24, weights={INCEPTION: str(weights)})
     ours = {name: METRICS[name](drawn, true, settings).numbers for name in ("kid", "precision-recall", "fid")}
     assert theirs["frechet_inception_distance"] > 0.1
     assert ours["fid"]["FID"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
