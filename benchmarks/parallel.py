@@ -184,9 +184,8 @@ def saved(run: Run, folder: Path) -> dict[str, Any]:
 
 def resumed(run: Run, folder: Path) -> dict[str, Any]:
     """Load what the other mode wrote; the sums must be those it had."""
-    state = checkpoint.load_newest(
-        folder, run.recipe, downscale=DOWNSCALE, device=run.device, shard=run.parallel.shard, world=run.world
-    )
+    first = partial(first_state, run.recipe, downscale=DOWNSCALE, device=run.device, shard=run.parallel.shard)
+    state = checkpoint.load_newest(folder, run.recipe, first, world=run.world)
     assert state is not None
     expected, found = json.loads(folder.with_suffix(".json").read_text()), sums(state)
     worst = max(abs(one - other) / max(abs(one), 1e-30) for one, other in zip(expected, found, strict=True))

@@ -9,7 +9,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,13 +20,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from micro_diffusion.models.dit import DiT
 from micro_diffusion.runtime.distributed import ALONE, World
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder, write_atomic
 from micro_diffusion.training.config import Recipe, differences
 from micro_diffusion.training.ema import Ema
 from micro_diffusion.training.guard import Guard, Trouble, record
-from micro_diffusion.training.stages import State, first_state, unsharded
+from micro_diffusion.training.stages import First, State
 
 logger = logging.getLogger(__name__)
 # Without a process group torch warns that it takes the run for a single process, which it is.
@@ -52,10 +51,8 @@ class Saver:
         tensors, copied = _copy(_tensors(state)), None
         if state.skipped.is_cuda:
             (copied := torch.cuda.Event()).record()
-        clock = {
-            "stage": state.stage, "images": state.images, "ema": len(state.ema.dits) if state.ema else 0,
-            "guard": asdict(state.guard),
-        }  # fmt: skip
+        averages, guard = len(state.ema.dits) if state.ema else 0, asdict(state.guard)
+        clock = {"stage": state.stage, "images": state.images, "ema": averages, "guard": guard}
         self._pending = self._pool.submit(self._write, tensors, clock, copied)
 
     def check(self) -> None:
@@ -97,9 +94,8 @@ class Saver:
         paths = _all(self.folder)
         for before, path in zip([None, *paths], paths[: -self.keep], strict=False):
             images = [int(each.name) if each else 0 for each in (before, path)]
-            if self.keep_every and images[0] // self.keep_every != images[1] // self.keep_every:
-                continue
-            _remove(path)
+            if not self.keep_every or images[0] // self.keep_every == images[1] // self.keep_every:
+                _remove(path)
 
 
 def rewind(folder: Path, guard: Guard, trouble: Trouble) -> None:
@@ -126,9 +122,7 @@ def latest(folder: Path) -> Path | None:
     return max(_all(folder), default=None)
 
 
-def load_newest(
-    folder: Path, recipe: Recipe, *, downscale: int, device: torch.device, shard: Callable[[DiT], DiT], world: World
-) -> State | None:
+def load_newest(folder: Path, recipe: Recipe, first: First, *, world: World = ALONE) -> State | None:
     """The state of the newest checkpoint that can be read, None without checkpoints.
 
     Damaged ones are set aside under another name. UserError if all are damaged, or belong to another recipe.
@@ -137,7 +131,7 @@ def load_newest(
     for path in reversed(_all(folder)):
         reason = ""
         try:
-            state = load(path, recipe, downscale=downscale, device=device, shard=shard, world=world)
+            state = load(path, recipe, first, world=world)
         except (CheckpointException, OSError, ValueError, KeyError) as error:
             reason = _reason(error)
             logger.error("the checkpoint %s is damaged (%s)", path, reason)
@@ -155,17 +149,14 @@ def load_newest(
     return None
 
 
-def load(
-    path: Path, recipe: Recipe, *, downscale: int, device: torch.device, shard: Callable[[DiT], DiT] = unsharded,
-    world: World = ALONE,
-) -> State:  # fmt: skip
-    """The state that `Saver` wrote, bit for bit, spread as `shard` does it; UserError if the recipe is another."""
+def load(path: Path, recipe: Recipe, first: First, *, world: World = ALONE) -> State:
+    """The state that `Saver` wrote, bit for bit, made and spread by `first`; UserError if the recipe is another."""
     clock = json.loads((path / "state.json").read_text())
     for name, size in clock["files"].items():
         if (found := (path / name).stat().st_size) != size:
             raise ValueError(f"{name} has {found} bytes of {size}")
     check_recipe(path / "recipe.json", recipe)
-    state = first_state(recipe, stage=clock["stage"], downscale=downscale, device=device, shard=shard)
+    state = first(stage=clock["stage"])
     state.images, state.guard = clock["images"], Guard(**clock["guard"])
     state.ema = Ema(state.dit, clock["ema"]) if clock["ema"] else None
     dcp.load(_tensors(state), checkpoint_id=path, process_group=world.control)  # in place

@@ -72,9 +72,8 @@ class Stage:
             need(getattr(self, name) >= 0, f"{name} must not be negative")
         whole = max(1, round(self.images / self.batch_size)) * self.batch_size
         need(self.images == whole, f"images must be whole batches of {self.batch_size}: {whole} is nearest")
-        if self.micro_batch:
-            need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
-            need(self.batch_size % self.micro_batch == 0, "micro_batch must divide batch_size")
+        need(self.micro_batch < self.batch_size, "a micro_batch as large as the batch does nothing: use 0")
+        need(self.batch_size % (self.micro_batch or 1) == 0, "micro_batch must divide batch_size")
         for start, stop, ratio in self.mask_spans:
             need(0 <= ratio < 1, "mask_ratio must be at least 0 and below 1")
             need(start < stop, "mask_schedule must rise, from 0 to the stage's end")
@@ -82,18 +81,15 @@ class Stage:
         for (*_, before), (start, _, ratio) in itertools.pairwise(self.mask_spans):
             need(ratio != before, f"mask_schedule does nothing at {start}: the ratio is {ratio} already")
         need(self.warmup_images < self.images, "the warm-up is as long as the stage: shorten warmup_images")
-        if self.schedule == "constant":
-            need(self.final_lr_ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
-        else:
-            need(self.final_lr_ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it")
-        averages = self.ema_halflife_images > 0 or len(self.ema_sigma_rel) > 0
-        both = "ema_halflife_images and ema_sigma_rel are two kinds of average: choose one"
-        need(not (self.ema_halflife_images and self.ema_sigma_rel), both)
-        widths = set(self.ema_sigma_rel)
+        cosine, ratio = self.schedule == "cosine", self.final_lr_ratio
+        need(cosine or ratio == 1, "final_lr_ratio does nothing with a constant schedule: use cosine")
+        need(not cosine or ratio < 1, "a cosine to final_lr_ratio 1 does nothing: use constant, or lower it")
+        halflife, widths = self.ema_halflife_images, set(self.ema_sigma_rel)
+        need(not (halflife and widths), "ema_halflife_images and ema_sigma_rel are two kinds of average: choose one")
         need(all(0 < width < 0.28 for width in widths), "ema_sigma_rel must lie between 0 and 0.28 (a mean of all)")
         need(len(widths) == len(self.ema_sigma_rel), "ema_sigma_rel names a width twice")
         if self.ema_start_images:
-            need(averages, "ema_start_images does nothing without ema_halflife_images or ema_sigma_rel")
+            need(bool(halflife or widths), "ema_start_images does nothing without ema_halflife_images or ema_sigma_rel")
             need(self.ema_start_images < self.images, "the EMA would start after the stage: lower ema_start_images")
 
 
@@ -166,9 +162,8 @@ class Recipe:
     def stage_model(self, stage: Stage, *, downscale: int) -> DiTConfig:
         """The model at this stage's resolution, `downscale` pixels to a latent; UserError if it does not fit."""
         tile = downscale * self.model.patch_size
-        if stage.resolution % tile:
-            raise UserError(f"stage {stage.name!r}: resolution {stage.resolution} is not a multiple of {tile} pixels")
-        size = stage.resolution // downscale
+        size, rest = stage.resolution // downscale, stage.resolution % tile
+        require(not rest, f"stage {stage.name!r}: resolution {stage.resolution} is not a multiple of {tile} pixels")
         return dataclasses.replace(self.model, input_size=size, pos_interp_scale=stage.pos_interp_scale)
 
     def make_objective(self, stage: Stage) -> EDM | Flow:
@@ -188,10 +183,8 @@ class Recipe:
         for before, stage in itertools.pairwise(self.stages):
             require(stage.start != "scratch", f"stage {stage.name!r} from scratch would waste the stages before it")
             same = (before.resolution, before.pos_interp_scale) == (stage.resolution, stage.pos_interp_scale)
-            require(
-                same or stage.start == "weights",
-                f"stage {stage.name!r} changes the resolution or pos_interp_scale: its start must be 'weights'",
-            )
+            changed = f"stage {stage.name!r} changes the resolution or pos_interp_scale: its start must be 'weights'"
+            require(same or stage.start == "weights", changed)
         require(0 <= self.caption_dropout < 1, "caption_dropout must be at least 0 and below 1")
         require(self.model.pos_interp_scale == 1, "pos_interp_scale of the model does nothing: set the stage's")
         require((self.start_from is None) == (self.start_from_sha256 is None), "start_from goes with its sha256")
@@ -213,8 +206,7 @@ class Recipe:
         for name in ("guard_skips", "guard_zscore", "guard_rollbacks"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         require(self.log_every > 0, "log_every must be positive")
-        for name in INTERVALS:
-            every = getattr(self, name)
+        for name, every in zip(INTERVALS, self.intervals, strict=True):
             require(0 <= every <= self.images, f"{name} must be between 0 and the run's {self.images} images")
 
     def to_json(self) -> str:
@@ -232,12 +224,8 @@ class Recipe:
 def differences(ours: Recipe, theirs: Recipe) -> list[str]:
     """One line for each setting that two recipes do not share: `stages.0.learning_rate: 0.001 here, 0.002 there`."""
     here, there = flat(ours), flat(theirs)
-    missing = object()
-    return [
-        f"{key}: {here.get(key, 'nothing')} here, {there.get(key, 'nothing')} there"
-        for key in dict.fromkeys([*here, *there])
-        if here.get(key, missing) != there.get(key, missing)
-    ]
+    pairs = {key: (here.get(key, "nothing"), there.get(key, "nothing")) for key in [*here, *there]}
+    return [f"{key}: {one} here, {other} there" for key, (one, other) in pairs.items() if one != other]
 
 
 def flat(recipe: Recipe) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from jaxtyping import Float64
 
 from micro_diffusion.models.checkpoints import build, read_checkpoint, write_folder
 from micro_diffusion.models.dit import DiT, rebuilt
-from micro_diffusion.runtime.files import UserError
-from micro_diffusion.training.config import Recipe, Stage
+from micro_diffusion.training.config import Recipe, Stage, require
 
 
 class Ema:
@@ -76,10 +75,8 @@ def reconstruct(run: Path, out: Path, *, sigma_rel: float) -> float:
     Returns the part of the wanted profile that the snapshots of that stage miss.
     """
     paths = sorted((run / "averages").glob("[0-9]*-*"))
-    if not (paths and 0 < sigma_rel < 0.28):
-        raise UserError(
-            f"{run} keeps no averages: train with ema_sigma_rel" if not paths else "sigma_rel: from 0 to 0.28"
-        )
+    require(len(paths) > 0, f"{run} keeps no averages: train with ema_sigma_rel")
+    require(0 < sigma_rel < 0.28, "sigma_rel: from 0 to 0.28")
     recipe = Recipe.from_json((run / "recipe.json").read_text())
     images, widths = zip(*(map(float, path.name.split("-")) for path in paths), strict=True)
     number = bisect.bisect_left(recipe.ends, images[-1])

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from micro_diffusion.data.loader import Batch, Batches, Loader
+from micro_diffusion.diffusion.objectives import EDM, Flow
+from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.runtime.ahead import Late, ahead
 from micro_diffusion.runtime.distributed import ALONE, Stuck, World
@@ -36,6 +38,13 @@ class Examples(NamedTuple):
         """Micro-batches of `size` images; 0 is all of them."""
         pieces = [column.split(size or len(column)) for column in self]
         return (Examples(*piece) for piece in zip(*pieces, strict=True))
+
+    def losses(self, network: DiT, objective: EDM | Flow, recipe: Recipe, mask_ratio: float) -> Float[Tensor, " b"]:
+        """The loss of each image."""
+        fixed = partial(conditioned, precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=self.mask_noise)
+        predict, level = fixed(network, self.text, self.text_mask), objective.noise_level(self.sigma_normal)
+        terms = objective.loss(predict, self.latents, level, self.noise, patch_size=recipe.model.patch_size)
+        return terms.per_image
 
 
 def feed(
@@ -63,15 +72,11 @@ def feed(
             collate_fn=at, worker_init_fn=_begin_worker, multiprocessing_context="fork",
         ))  # fmt: skip
     else:
+        batches = partial(loader.batches, rank=world.rank, world=world.size)
         drawn = (
-            Examples(*(column.pin_memory() for column in examples)) if gpu else examples
+            Examples(*map(Tensor.pin_memory, finish(batch, first))) if gpu else finish(batch, first)
             for start, stop in data
-            for first, batch in zip(
-                range(start, stop, size),
-                loader.batches(start, stop, size, rank=world.rank, world=world.size),
-                strict=True,
-            )
-            for examples in (finish(batch, first),)
+            for first, batch in zip(range(start, stop, size), batches(start, stop, size), strict=True)
         )
         depth = 2 if gpu else 0
         made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)

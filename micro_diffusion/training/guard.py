@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from micro_diffusion.data.loader import Batches, Loader
-from micro_diffusion.models.dit import Block, DiT, Stream, conditioned
+from micro_diffusion.models.dit import Block, DiT, Stream
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training.config import Recipe, Stage
@@ -150,15 +150,8 @@ def watch(dit: DiT, examples: Examples, *, recipe: Recipe, stage: Stage, mask_ra
 
     watched = [module for module in dit.modules() if isinstance(module, Block | ExpertChoiceMoE)]
     hooks = [module.register_forward_hook(look) for module in watched]
-    network = conditioned(
-        dit, few.text, few.text_mask,
-        precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=few.mask_noise,
-    )  # fmt: skip
-    objective, patch_size = recipe.make_objective(stage), recipe.model.patch_size
     with torch.compiler.set_stance("force_eager"):
-        objective.loss(
-            network, few.latents, objective.noise_level(few.sigma_normal), few.noise, patch_size=patch_size
-        )  # fmt: skip
+        few.losses(dit, recipe.make_objective(stage), recipe, mask_ratio)
     for hook in hooks:
         hook.remove()
     if isinstance(dit, FSDPModule):

@@ -66,9 +66,8 @@ class Costs(Hook):
 
     def __init__(self, log: Path, *, price: float | None) -> None:
         self.price, self.since, rows = price, time.monotonic(), read_log(log)  # rows that will be dropped were paid too
-        self.hours, self.dollars = (
-            max([0.0, *(row.get(n) or 0.0 for row in rows)]) for n in ("device_hours", "dollars")
-        )
+        paid = ([row.get(name) or 0.0 for row in rows] for name in ("device_hours", "dollars"))
+        self.hours, self.dollars = (max(each, default=0.0) for each in paid)
 
     def after_step(self, state: State, moment: Moment) -> Row:
         hours = (time.monotonic() - self.since) / 3600 * device_count()
@@ -103,13 +102,11 @@ class Progress(Hook):
 
     def _redraw(self, text: str, images: int) -> None:
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn
-            from rich.progress import Progress as Bar
-            from rich.table import Column
+            from rich import console, progress, table
 
-            columns = BarColumn(bar_width=12), TextColumn("{task.description}", table_column=Column())  # which may wrap
-            self._bar = Bar(*columns, console=Console(file=self.stream))
+            text_column = progress.TextColumn("{task.description}", table_column=table.Column())  # which may wrap
+            columns = progress.BarColumn(bar_width=12), text_column
+            self._bar = progress.Progress(*columns, console=console.Console(file=self.stream))
             self._bar.add_task("", total=self.images)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=images, description=text)
@@ -233,18 +230,14 @@ class Validation(Hook):
         loader, stage = self.loaders[moment.stage.resolution], moment.stage
         rows = np.linspace(0, len(loader) - 1, min(self.ROWS, len(loader))).round().astype(int).tolist()
         size = stage.micro_batch or stage.batch_size
-        losses = torch.zeros(LEVELS, dtype=torch.float64)
-        for start in range(0, len(rows), size):
-            losses += self._losses(state.shown, loader, rows[start : start + size], stage)
-        losses /= len(rows)
+        parts = (self._losses(state.shown, loader, rows[at : at + size], stage) for at in range(0, len(rows), size))
+        losses = sum(parts, torch.zeros(LEVELS, dtype=torch.float64)) / len(rows)
         levels = {f"validation/level_{index}": value for index, value in enumerate(losses.tolist())}
         return {"validation": losses.mean().item(), **levels}
 
     def _losses(self, dit: DiT, loader: Loader, rows: list[int], stage: Stage) -> torch.Tensor:
         """Sum over the rows of the loss at each level."""
-        objective = self.recipe.make_objective(stage)
-        batch = loader.rows(rows)
-        device = next(dit.parameters()).device
+        objective, batch, device = self.recipe.make_objective(stage), loader.rows(rows), next(dit.parameters()).device
         latents = batch.latents.to(device)
         network = conditioned(dit, batch.text.to(device), batch.text_mask.to(device), precision=self.recipe.precision)
         quantiles = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS).float()

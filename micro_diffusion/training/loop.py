@@ -17,13 +17,13 @@ from torch import Tensor
 
 from micro_diffusion.data.loader import Batches, Loader
 from micro_diffusion.diffusion.objectives import EDM, Flow
-from micro_diffusion.models.dit import DiT, conditioned
+from micro_diffusion.models.dit import DiT
 from micro_diffusion.runtime.distributed import ALONE, World
-from micro_diffusion.runtime.files import UserError, remove_leftovers, write_atomic
+from micro_diffusion.runtime.files import remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.checkpoint import Saver
-from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.config import Recipe, require
 from micro_diffusion.training.ema import follow
 from micro_diffusion.training.feed import Examples, feed
 from micro_diffusion.training.guard import stretches, watch
@@ -32,7 +32,7 @@ from micro_diffusion.training.meter import Meter
 from micro_diffusion.training.optim import guarded_step, learning_rate
 from micro_diffusion.training.options import DEFAULTS, Options
 from micro_diffusion.training.parallel import Parallel
-from micro_diffusion.training.stages import State, first_state, next_state
+from micro_diffusion.training.stages import First, State, first_state, next_state
 
 logger = logging.getLogger(__name__)
 TOGETHER = 1.0  # seconds: under torchrun Ctrl-C reaches a rank twice, from the terminal and passed on
@@ -47,19 +47,10 @@ class Interrupted(Exception):
 
 
 def train(
-    recipe: Recipe,
-    *,
-    run: Path,
-    loaders: Mapping[int, Batches],
-    downscale: int,
-    device: torch.device,
-    release: Callable[[Path, State], None],
-    validation: Mapping[int, Loader] | None = None,
-    hooks: Sequence[Hook] = (),
-    weights: Mapping[str, Tensor] | None = None,
-    options: Options = DEFAULTS,
-    world: World = ALONE,
-) -> DiT:
+    recipe: Recipe, *, run: Path, loaders: Mapping[int, Batches], downscale: int, device: torch.device,
+    release: Callable[[Path, State], None], validation: Mapping[int, Loader] | None = None, hooks: Sequence[Hook] = (),
+    weights: Mapping[str, Tensor] | None = None, options: Options = DEFAULTS, world: World = ALONE,
+) -> DiT:  # fmt: skip
     """Train through all stages in the folder `run`, going on from its newest checkpoint; return the released weights.
 
     `loaders` and `validation` are by resolution, `downscale` is pixels to a latent, and `release(folder, state)` writes
@@ -71,8 +62,10 @@ def train(
     _check_loaders(recipe, loaders, validation)
     parallel = Parallel(options, world, recipe, device)
     saver = Saver(run / "checkpoints", recipe, world=world, keep=options.keep, keep_every=options.keep_every)
-    state = _open_run(run, saver, parallel=parallel, downscale=downscale, weights=weights)
+    first = functools.partial(first_state, recipe, downscale=downscale, device=device, shard=parallel.shard)
+    state = _open_run(run, saver, first, weights)
     log = RunLog(run / "log.jsonl", images=state.images) if world.rank == 0 else None
+    release = release if log is not None else lambda folder, state: None
     if validation is not None:
         hooks = (Validation(validation, recipe), *hooks)
     meter = Meter(recipe, downscale=downscale, device=device)
@@ -82,12 +75,11 @@ def train(
         received = stack.enter_context(_signals(options.deadline))
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
-            objective, network, micro_batch = recipe.make_objective(stage), parallel.network(state.dit), 0
+            objective, patches = recipe.make_objective(stage), state.dit.num_patches
+            network, micro_batch = parallel.network(state.dit), 0
             loader, trouble, share = loaders[stage.resolution], None, stage.batch_size // world.size
             data = stretches(state.images, end, state.guard.windows, size=stage.batch_size)
-            batches = feed(
-                loader, recipe, stage, patches=state.dit.num_patches, data=data, device=device, world=world
-            )  # fmt: skip
+            batches = feed(loader, recipe, stage, patches=patches, data=data, device=device, world=world)
             meter.restart()
             with contextlib.closing(batches):
                 for batch in batches:
@@ -122,9 +114,7 @@ def train(
                         watched = watch(state.dit, part, recipe=recipe, stage=stage, mask_ratio=mask_ratio)
                         if state.ema and moment.due(recipe.snapshot_every):
                             for index, width in enumerate(stage.ema_sigma_rel):
-                                average = state.gathered(index)
-                                if log is not None:
-                                    release(run / "averages" / f"{state.images:012d}-{width}", average)
+                                release(run / "averages" / f"{state.images:012d}-{width}", state.gathered(index))
                         whole = moment.due(recipe.sample_every, recipe.validate_every, recipe.evaluate_every)
                         seen = state.gathered() if whole else state
                         if log is not None:
@@ -146,14 +136,13 @@ def train(
                 if log is not None:
                     checkpoint.rewind(saver.folder, after, trouble)
                 world.agree()  # the others are gone
-                state = _open_run(run, saver, parallel=parallel, downscale=downscale, weights=None)
+                state = _open_run(run, saver, first, None)
                 if log is not None:
                     log.rewind(state.images)
                 continue
             seen = state.gathered()
-            if log is not None:
-                release(run / f"model-stage-{state.stage + 1}", seen)
-                release(run / "model", seen)
+            release(run / f"model-stage-{state.stage + 1}", seen)
+            release(run / "model", seen)
             if state.stage + 1 == len(recipe.stages):
                 saver.wait()
                 return seen.dit
@@ -164,30 +153,23 @@ def add_gradient(
     network: DiT, objective: EDM | Flow, recipe: Recipe, mask_ratio: float, images: int, part: Examples
 ) -> Float[Tensor, " b"]:
     """Add the gradient of a micro-batch's share of the mean over `images`, and return its losses."""
-    predict = conditioned(
-        network, part.text, part.text_mask,
-        precision=recipe.precision, mask_ratio=mask_ratio, mask_noise=part.mask_noise,
-    )  # fmt: skip
-    level = objective.noise_level(part.sigma_normal)
-    terms = objective.loss(predict, part.latents, level, part.noise, patch_size=recipe.model.patch_size)
-    (terms.per_image.sum() / images).backward()
-    return terms.per_image.detach()
+    losses = part.losses(network, objective, recipe, mask_ratio)
+    (losses.sum() / images).backward()
+    return losses.detach()
 
 
 def _check_loaders(recipe: Recipe, loaders: Mapping[int, Batches], validation: Mapping[int, Loader] | None) -> None:
     for stage in recipe.stages:
         for kind, by_resolution in (("training", loaders), ("validation", validation)):
-            if by_resolution is not None and stage.resolution not in by_resolution:
-                raise UserError(f"stage {stage.name!r} needs {kind} latents at {stage.resolution} px: prepare them")
-    if recipe.validate_every and validation is None:
-        raise UserError("validate_every does nothing without held-out rows: set it to 0, or prepare some")
+            there = by_resolution is None or stage.resolution in by_resolution
+            require(there, f"stage {stage.name!r} needs {kind} latents at {stage.resolution} px: prepare them")
+    held_out = validation is not None or not recipe.validate_every
+    require(held_out, "validate_every does nothing without held-out rows: set it to 0, or prepare some")
 
 
-def _open_run(
-    run: Path, saver: Saver, *, parallel: Parallel, downscale: int, weights: Mapping[str, Tensor] | None
-) -> State:
+def _open_run(run: Path, saver: Saver, first: First, weights: Mapping[str, Tensor] | None) -> State:
     """The state to go on from; UserError if the folder holds a run with another recipe."""
-    recipe, world, device, saved = saver.recipe, saver.world, parallel.device, run / "recipe.json"
+    recipe, world, saved = saver.recipe, saver.world, run / "recipe.json"
     if world.rank == 0:
         saver.folder.mkdir(parents=True, exist_ok=True)
         if not saved.exists():
@@ -195,13 +177,11 @@ def _open_run(
         remove_leftovers(saver.folder)
     world.agree()  # the folder is there
     checkpoint.check_recipe(saved, recipe)
-    state = checkpoint.load_newest(
-        saver.folder, recipe, downscale=downscale, device=device, shard=parallel.shard, world=world
-    )
+    state = checkpoint.load_newest(saver.folder, recipe, first, world=world)
     if state is None:
-        if recipe.start_from is not None and weights is None:
-            raise UserError(f"the recipe starts from {recipe.start_from}: name that with --start-from")
-        state = first_state(recipe, downscale=downscale, device=device, weights=weights, shard=parallel.shard)
+        given = recipe.start_from is None or weights is not None
+        require(given, f"the recipe starts from {recipe.start_from}: name that with --start-from")
+        state = first(weights=weights)
         saver.save(state)  # to go back to, and to go on from without the weights
         saver.wait()
     return state

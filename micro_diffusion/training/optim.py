@@ -150,8 +150,7 @@ def _local(tensor: Tensor) -> Tensor:
 def _gather(part: Tensor, like: Tensor) -> Tensor:
     """The whole of a tensor laid out like `like`, of which this rank holds `part`."""
     if isinstance(like, DTensor):
-        layout = like.device_mesh, like.placements
-        part = DTensor.from_local(part, *layout, shape=like.shape, stride=like.stride())
+        part = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     return whole(part)
 
 

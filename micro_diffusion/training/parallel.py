@@ -66,13 +66,12 @@ class Parallel:
         Compiling block by block leaves the hooks of FSDP and DDP between the blocks, where communication overlaps.
         """
         blocks = cast(list[nn.Module], [*dit.patch_mixer, *dit.blocks])
+        recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         for block in blocks:
             if self.by_block:
                 block.forward = torch.compile(block.forward, dynamic=False)
             if self.options.activation_checkpointing:
-                block.forward = functools.partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
+                block.forward = functools.partial(recompute, block.forward)
         if self.mode in ("fsdp", "hybrid"):
             for module in (*blocks, dit):
                 fully_shard(module, mesh=self.mesh)
@@ -105,7 +104,7 @@ class Parallel:
         size, chosen = self.micro_batch(stage), self.options.micro_batch or stage.micro_batch
         if chosen != "auto" and (chosen or self.device.type != "cuda"):
             return size
-        while self.world.agree(not self._fits(network, batch, size, stage, backward)):
+        while self.world.agree(not self._fits(network, next(batch.split(size)), stage, backward)):
             share = stage.batch_size // self.world.size
             smaller = max((part for part in range(1, size // 2 + 1) if share % part == 0), default=0)
             if not smaller or isinstance(network, FSDPModule):
@@ -118,14 +117,12 @@ class Parallel:
         logger.info("stage %r: micro-batches of %d images", stage.name, size)
         return size
 
-    def _fits(
-        self, network: DiT, batch: Examples, size: int, stage: Stage, backward: Callable[[Examples], object]
-    ) -> bool:
+    def _fits(self, network: DiT, part: Examples, stage: Stage, backward: Callable[[Examples], object]) -> bool:
         reserve: list[Tensor] = []  # what an average takes later in the stage
         _synchronise(network, False)
         try:
             reserve += [torch.empty_like(each) for each in network.parameters() if stage.ema_halflife_images]
-            backward(next(batch.split(size)))
+            backward(part)
             fits = True
         except torch.OutOfMemoryError:
             fits = False

@@ -14,6 +14,8 @@ from micro_diffusion.training.ema import Ema
 from micro_diffusion.training.guard import Guard
 from micro_diffusion.training.optim import make_optimizer, whole
 
+First = Callable[..., "State"]  # `first_state` of a run, to be called with a stage or with weights
+
 
 @dataclass
 class State:
@@ -41,35 +43,25 @@ def _whole(dit: DiT) -> DiT:
     return rebuilt(dit, {name: whole(value) for name, value in dit.state_dict().items()})
 
 
-def unsharded(dit: DiT) -> DiT:
-    """The model as it is, whole on this process."""
-    return dit
-
-
 def first_state(
-    recipe: Recipe,
-    *,
-    stage: int = 0,
-    downscale: int,
-    device: torch.device,
-    weights: Mapping[str, Tensor] | None = None,
-    shard: Callable[[DiT], DiT] = unsharded,
-) -> State:
+    recipe: Recipe, *, stage: int = 0, downscale: int, device: torch.device,
+    weights: Mapping[str, Tensor] | None = None, shard: Callable[[DiT], DiT] | None = None,
+) -> State:  # fmt: skip
     """A new model in the shape of the given stage: random, the same for the same seed, or with `weights`.
 
-    The positions are the stage's own in any case. `shard` spreads the model over the ranks.
+    The positions are the stage's own in any case. `shard` spreads the model over the ranks; None leaves it whole.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(recipe.seed, "init"))
         dit = DiT(recipe.stage_model(recipe.stages[stage], downscale=downscale)).to(device)
     if weights is not None:
         dit.load_state_dict({**weights, "pos_embed": dit.pos_embed})
-    dit = shard(dit)
+    dit = shard(dit) if shard else dit
     optimizer = make_optimizer(dit, recipe)
     return State(dit, optimizer, ema=None, skipped=torch.zeros((), device=device), stage=stage, images=0)
 
 
-def next_state(recipe: Recipe, state: State, *, downscale: int, shard: Callable[[DiT], DiT] = unsharded) -> State:
+def next_state(recipe: Recipe, state: State, *, downscale: int, shard: Callable[[DiT], DiT] | None = None) -> State:
     """The state in which the stage after `state.stage` begins.
 
     `weights` takes over the trained weights alone (not their average: the optimizer left off there), regenerates the
@@ -80,7 +72,8 @@ def next_state(recipe: Recipe, state: State, *, downscale: int, shard: Callable[
     dit, optimizer, ema = state.dit, state.optimizer, state.ema
     if stage.start == "weights":
         config = recipe.stage_model(stage, downscale=downscale)
-        dit = shard(resized(_whole(dit), config.input_size, config.pos_interp_scale))
+        dit = resized(_whole(dit), config.input_size, config.pos_interp_scale)
+        dit = shard(dit) if shard else dit
         optimizer = make_optimizer(dit, recipe)
     if stage.start == "weights" or stage.ema_start_images or not stage.ema_halflife_images:
         ema = None

@@ -1,15 +1,15 @@
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from micro_diffusion.runtime.distributed import ALONE
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.ema import Ema
-from micro_diffusion.training.stages import State, first_state, unsharded
+from micro_diffusion.training.stages import State, first_state
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def tensors(state: State) -> dict[str, torch.Tensor]:
 def test_loads_what_was_saved_to_the_bit(recipe: Recipe, tmp_path: Path, ema: bool) -> None:
     saved = random_state(recipe, 96, ema=ema)
     path = save(tmp_path, saved, recipe)
-    loaded = checkpoint.load(path, recipe, downscale=8, device=CPU)
+    loaded = checkpoint.load(path, recipe, partial(first_state, recipe, downscale=8, device=CPU))
     expected, found = tensors(saved), tensors(loaded)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -69,7 +69,7 @@ def test_half_a_checkpoint_is_none(recipe: Recipe, tmp_path: Path) -> None:
 def test_another_recipe_is_refused_by_name(recipe: Recipe, tmp_path: Path) -> None:
     path = save(tmp_path, random_state(recipe, 88), recipe)
     with pytest.raises(UserError, match=r"eps: 1e-06 here, 1e-08 there; seed: 5 here, 3 there"):
-        checkpoint.load(path, replace(recipe, seed=5, eps=1e-6), downscale=8, device=CPU)
+        checkpoint.load(path, replace(recipe, seed=5, eps=1e-6), partial(first_state, recipe, downscale=8, device=CPU))
 
 
 def test_keeps_the_first_past_each_multiple(recipe: Recipe, tmp_path: Path) -> None:
@@ -92,13 +92,13 @@ def test_what_is_copied_is_what_is_written(recipe: Recipe, tmp_path: Path) -> No
     state.guard.windows.clear()
     saver.wait()
     saver.close()
-    loaded = checkpoint.load(tmp_path / "000000000088", recipe, downscale=8, device=CPU)
+    loaded = checkpoint.load(tmp_path / "000000000088", recipe, partial(first_state, recipe, downscale=8, device=CPU))
     assert torch.equal(loaded.dit.x_embedder.proj.weight, expected)
     assert loaded.guard.windows == [[8, 16]]
 
 
 def load_newest(folder: Path, recipe: Recipe) -> State | None:
-    return checkpoint.load_newest(folder, recipe, downscale=8, device=CPU, shard=unsharded, world=ALONE)
+    return checkpoint.load_newest(folder, recipe, partial(first_state, recipe, downscale=8, device=CPU))
 
 
 def test_a_damaged_checkpoint_is_set_aside(recipe: Recipe, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
