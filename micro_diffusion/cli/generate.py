@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from micro_diffusion.cli.prepare import Device
 from micro_diffusion.runtime.files import UserError, write_atomic
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ class Sampling:
     """Of the transformer on CUDA; elsewhere it is float32."""
     compile: bool = False
     """Compile the transformer: a minute or two first, then faster; for many pictures."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
 
     def load(self, name: str) -> "LatentDiffusion":
         """The model of that name, ready to draw."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from micro_diffusion.models.text_encoders import TextEncoder
     from micro_diffusion.training.config import Recipe
 
+AutoencoderName = Annotated[str, arg(help="embedded, a folder in diffusers format, or a name on the hub.")]
+Device = Annotated[str, arg(help="auto, cpu, cuda or mps.")]
 FOR_ALL = ("min_size", "max_aspect", "caption_rule")  # whatever the source
 PATIENCE = 30 * 86400.0  # seconds that ranks, which need not finish together, wait for each other
 
@@ -120,12 +122,10 @@ class Prepare(SourceOptions):
     """int8: integers with a scale for each token, half the size."""
     max_rejected: float = 0.05
     """Stop when a larger share of the records is damaged."""
-    autoencoder: str = "embedded"
-    """embedded, a folder in diffusers format, or a name on the hub."""
+    autoencoder: AutoencoderName = "embedded"
     text_encoder: str = "embedded"
     """embedded, a folder in transformers format, or a name on the hub."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     batch_size: int = 32
     """Pictures encoded at once."""
     rows_per_part: int = 4096

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import arg
 
 from micro_diffusion.cli.generate import Sampling
-from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.prepare import AutoencoderName, Device, Prepare
 from micro_diffusion.cli.train import train_recipe
 from micro_diffusion.runtime.files import UserError, write_atomic
 
@@ -43,10 +43,8 @@ class Quickstart:
     """Folder for the store, the run, the pictures and report.html."""
     length: float = 1.0
     """Length of training, as a multiple of the recipe's (about five minutes of two CPU cores)."""
-    autoencoder: str = "embedded"
-    """embedded, a folder in diffusers format, or a name on the hub."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    autoencoder: AutoencoderName = "embedded"
+    device: Device = "auto"
 
     def __call__(self) -> None:
         from micro_diffusion.recipes.recipe import RECIPES

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.cli.evaluate import during_training
-from micro_diffusion.cli.prepare import SourceOptions
+from micro_diffusion.cli.prepare import Device, SourceOptions
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
 from micro_diffusion.training.options import DEFAULTS, Options
@@ -63,8 +63,7 @@ class Train(SourceOptions):
     """Also log to this project at Weights & Biases (pip install 'micro-diffusion[wandb]')."""
     evaluate: Annotated[str | None, arg(metavar="BENCHMARK,PROMPTS")] = None
     """Also score the average's pictures, as in emoji,16: at ends of stages, and --set evaluate_every=IMAGES."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     source: Annotated[str | None, arg(metavar="SOURCE")] = None
     """In place of a store: pictures as prepare takes them, encoded as they are needed, in their order."""
     options: Annotated[Options, arg(name="")] = field(default_factory=Options)
