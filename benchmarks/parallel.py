@@ -293,7 +293,7 @@ def main() -> None:
     args = parser.parse_args()
     args.gpu = gpu
     if args.case:
-        with join(cuda=gpu, timeout=600) as world:
+        with join("auto", timeout=600) as world:
             for row in work(args, world):
                 if world.rank == 0:
                     write(args.out, args.case, row)

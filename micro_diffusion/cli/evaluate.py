@@ -84,8 +84,6 @@ class Evaluate(Sampling):
     """Folder for pictures, report.html and results.json."""
 
     def __call__(self) -> None:
-        from torch import cuda
-
         from micro_diffusion.evaluation.pictures import PictureFolder
         from micro_diffusion.evaluation.results import COMPARISON, REPORT, Point, compare, write_report
         from micro_diffusion.runtime.distributed import join
@@ -96,7 +94,7 @@ class Evaluate(Sampling):
             return print(f"The comparison is {self.out / COMPARISON}")
         asked = self.with_preset()
         prompts, scorers = asked.prepared()
-        with join(cuda=self.device in ("auto", "cuda") and cuda.is_available(), timeout=PATIENCE) as world:
+        with join(self.device, timeout=PATIENCE) as world:
             folders = {"pictures": self.pictures} if self.pictures else asked.draw(prompts, world)
         if world.rank:
             return

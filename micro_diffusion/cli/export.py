@@ -28,8 +28,7 @@ class Export:
         suffix = ".pt" if self.to == "official" else ""
         name = self.model.resolve().stem if self.model.exists() else self.model.name.removesuffix(".pt")
         out = self.out or Path(f"{name}-{self.to}{suffix}")
-        card = export(
-            self.model.as_posix(), out, to=self.to, autoencoder=self.autoencoder, text_encoder=self.text_encoder
-        )
+        card = export(self.model.as_posix(), out, to=self.to,
+                      autoencoder=self.autoencoder, text_encoder=self.text_encoder)  # fmt: skip
         parts = f"the autoencoder {card.autoencoder.name} and the text encoder {card.text_encoder.name}"
         print(f"{out}: {card.recipe}, with {parts}")

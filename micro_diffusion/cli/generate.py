@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from micro_diffusion.cli.prepare import Device
 from micro_diffusion.runtime.files import UserError, write_atomic
 
 if TYPE_CHECKING:
@@ -41,18 +42,15 @@ class Sampling:
     """Of the transformer on CUDA; elsewhere it is float32."""
     compile: bool = False
     """Compile the transformer: a minute or two first, then faster; for many pictures."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
 
     def load(self, name: str) -> "LatentDiffusion":
         """The model of that name, ready to draw."""
         from micro_diffusion.models.model import LatentDiffusion
         from micro_diffusion.runtime.device import pick_device
 
-        model = LatentDiffusion.from_checkpoint(
-            name, device=pick_device(self.device), autoencoder=self.autoencoder, text_encoder=self.text_encoder,
-            precision=self.precision,
-        )  # fmt: skip
+        model = LatentDiffusion.from_checkpoint(name, device=pick_device(self.device), autoencoder=self.autoencoder,
+                                                text_encoder=self.text_encoder, precision=self.precision)  # fmt: skip
         if self.compile:
             model.dit.compile()
         return model
@@ -130,11 +128,9 @@ class Generate(Sampling):
         for start in range(0, len(wanted), self.batch_size):
             some, seeds = zip(*wanted[start : start + self.batch_size], strict=True)
             try:
-                images = model.generate(
-                    some, num_inference_steps=self.steps, guidance_scale=self.guidance,
-                    guidance_interval=self.guidance_interval, sampler=self.sampler, seed=seeds,
-                    batch_size=self.batch_size, on_step=on_step,
-                )  # fmt: skip
+                images = model.generate(some, num_inference_steps=self.steps, guidance_scale=self.guidance,
+                                        guidance_interval=self.guidance_interval, sampler=self.sampler, seed=seeds,
+                                        batch_size=self.batch_size, on_step=on_step)  # fmt: skip
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{len(some)} pictures at once do not fit into memory; lower --batch-size.") from error
             yield from zip(some, seeds, pictures(images), strict=True)
@@ -154,9 +150,7 @@ class Generate(Sampling):
             prompts += self.prompts_file.read_text(encoding="utf-8").splitlines()
         gaps = (self.template or "").count("{}")
         if gaps != len(fills):
-            raise UserError(
-                f"--template has {gaps} gaps {{}} but there are {len(fills)} --fill; give one for each gap."
-            )
+            raise UserError(f"--template has {gaps} gaps {{}} but there are {len(fills)} --fill; give one for each.")
         if self.template:
             pieces = self.template.split("{}")
             for words in itertools.product(*fills):

@@ -3,8 +3,7 @@
 import errno
 import signal
 import sys
-from collections.abc import Sequence
-from types import FrameType
+from collections.abc import Callable, Sequence
 
 import tyro
 
@@ -20,23 +19,19 @@ from micro_diffusion.cli.runs import Runs
 from micro_diffusion.cli.train import Train
 from micro_diffusion.runtime.files import UserError
 
-VERBS = {
-    "quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "ema": Ema,
-    "generate": Generate, "evaluate": Evaluate, "export": Export, "plan": Plan, "bench": Bench,
-}  # fmt: skip
-Verb = Quickstart | Prepare | Data | Train | Runs | Ema | Generate | Evaluate | Export | Plan | Bench
-USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
+VERBS = {"quickstart": Quickstart, "prepare": Prepare, "data": Data, "train": Train, "runs": Runs, "ema": Ema,
+         "generate": Generate, "evaluate": Evaluate, "export": Export, "plan": Plan, "bench": Bench}  # fmt: skip
+DESCRIPTION = "Train a text-to-image model from scratch on a micro-budget."
+DISK_FULL = "The disk is full. What was finished before is kept; free some space, then run this again."
+INTERRUPTED, TERMINATED = 130, 143
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
-    verb: Verb = tyro.extras.subcommand_cli_from_dict(
-        VERBS,
-        prog="micro-diffusion",
-        description="Train a text-to-image model from scratch on a micro-budget.",
-        args=None if arguments is None else list(arguments),
+    verb: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
+        VERBS, prog="micro-diffusion", description=DESCRIPTION, args=arguments
     )
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         verb()
     except UserError as error:
@@ -46,25 +41,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not disk_is_full(error):
             raise
-        return _say(
-            "The disk is full. What was finished before is kept; free some space, then run this again.", USER_ERROR
-        )
+        return _say(DISK_FULL, UserError.exit_code)
     return 0
 
 
 def disk_is_full(error: BaseException | None) -> bool:
     """Whether a full disk (or quota) is behind the error; libraries wrap the system's error or only quote it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        told = "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+        if told or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(TERMINATED)
 
 
 def _say(message: str, code: int) -> int:

@@ -76,10 +76,8 @@ class Plan:
         gpu = choose(GPUS, self.gpu, "GPU") if self.gpu else gpu_of(pick_device())
         name = self.gpu or device_name(pick_device())
         bench = read_json(BENCH.read_text(), str(BENCH)) if BENCH.is_file() else {}
-        same = bench.get("device") in (gpu.names if gpu else (name,))
-        return Machine(
-            gpu, self.count, self.count if self.parallel == "fsdp" else 1, bench["speeds"] if same else {}
-        ), name
+        speeds = bench["speeds"] if bench.get("device") in (gpu.names if gpu else (name,)) else {}
+        return Machine(gpu, self.count, self.count if self.parallel == "fsdp" else 1, speeds), name
 
 
 @dataclass(frozen=True)
@@ -154,14 +152,8 @@ def table(works: "list[Work]", machine: "Machine", *, price: float | None) -> "T
     def add(name: str, row: Sequence[float], *memory: str) -> None:
         images, flops, hours = row
         dollars = "" if price is None else f"{hours * machine.gpus * price:,.2f}"
-        numbers = (
-            f"{images:,.0f}",
-            f"{flops:,.4g}",
-            f"{images / hours / 3600:,.0f}",
-            f"{hours:,.{2 if hours >= 1 else 4}f}",
-            dollars,
-        )
-        shown.add_row(name, *numbers, *memory)
+        speed, time = f"{images / hours / 3600:,.0f}", f"{hours:,.{2 if hours >= 1 else 4}f}"
+        shown.add_row(name, f"{images:,.0f}", f"{flops:,.4g}", speed, time, dollars, *memory)
 
     for work in works:
         flops, (size, memory) = sum(images * work.flops(ratio) for images, ratio in work.spans), fit(work, machine)

@@ -1,7 +1,6 @@
 """`micro-diffusion prepare`: pictures with captions become a latent store."""
 
 import inspect
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +24,10 @@ if TYPE_CHECKING:
     from micro_diffusion.models.text_encoders import TextEncoder
     from micro_diffusion.training.config import Recipe
 
+AutoencoderName = Annotated[str, arg(help="embedded, a folder in diffusers format, or a name on the hub.")]
+Device = Annotated[str, arg(help="auto, cpu, cuda or mps.")]
 FOR_ALL = ("min_size", "max_aspect", "caption_rule")  # whatever the source
+PATIENCE = 30 * 86400.0  # seconds that ranks, which need not finish together, wait for each other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +70,10 @@ class SourceOptions:
         if name not in SOURCES or (name == "folder" and not address):
             name, address = "folder", source
         own_split, takes = name in ("emoji", "coco"), inspect.signature(SOURCES[name]).parameters
-        options = {name: value for name, value in self.chosen.items() if name not in FOR_ALL}
-        share = float(str(options.get("validation", 0.02)))
-        for option in options:
-            if option not in takes and (own_split or option != "validation"):
-                raise UserError(f"--{option} does nothing with the source {source!r}; leave it out.")
-        options.pop("validation", None)
+        general = FOR_ALL if own_split else (*FOR_ALL, "validation")
+        options = {name: value for name, value in self.chosen.items() if name not in general}
+        if useless := [option for option in options if option not in takes]:
+            raise UserError(f"--{useless[0]} does nothing with the source {source!r}; leave it out.")
         if name == "folder" and not Path(address).is_dir():
             raise UserError(f"There is no folder {address!r}, and no source of that name: {', '.join(SOURCES)}.")
         needed = [option for option, value in takes.items() if value.default is value.empty]
@@ -81,37 +81,27 @@ class SourceOptions:
             hint = f"write {name}:ADDRESS" if "address" in missing else f"add --{missing.pop()}"
             raise UserError(f"The source {name!r} needs more: {hint}.")
         records = SOURCES[name](*([address] if address else []), **options)
-        return records if own_split else hold_out(records, share)
+        return records if own_split else hold_out(records, 0.02 if self.validation is None else self.validation)
 
     def info(self, source: str, autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> "StoreInfo":
         """What a store's head says of the source and the encoders."""
         from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
 
-        latents = AutoencoderInfo(
-            autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor, autoencoder.shift_factor,
-            channels=autoencoder.channels, downscale=autoencoder.downscale,
-        )  # fmt: skip
-        text = TextInfo(
-            text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_mask=text_encoder.text_mask_policy
-        )
-        return StoreInfo(
-            latents, {text_encoder.name: text}, source=source,
-            caption_rule=self.caption_rule, min_size=self.min_size, max_aspect=self.max_aspect,
-        )  # fmt: skip
+        latents = AutoencoderInfo(autoencoder.name, autoencoder.sha256, autoencoder.scaling_factor,
+                                  autoencoder.shift_factor, autoencoder.channels, autoencoder.downscale)  # fmt: skip
+        text = TextInfo(text_encoder.sha256, text_encoder.width, text_encoder.max_length, text_encoder.text_mask_policy)
+        return StoreInfo(latents, {text_encoder.name: text}, source=source, caption_rule=self.caption_rule,
+                         min_size=self.min_size, max_aspect=self.max_aspect)  # fmt: skip
 
-    def stream(
-        self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *, run: Path,
-        device: "torch.device",
-    ) -> "Stream":  # fmt: skip
+    def stream(self, source: str, recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", *,
+               run: Path, device: "torch.device") -> "Stream":  # fmt: skip
         """The source's pictures, to be encoded while the first stage trains; other stages replace the resolution."""
         from micro_diffusion.data.stream import Stream
 
         told = " ".join([source, *(f"--{name} {value}" for name, value in self.chosen.items() if name != "downloads")])
-        return Stream(
-            partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
-            self.info(told, autoencoder, text_encoder), recipe.seed, run / "source.jsonl",
-            text_length=recipe.text_length, device=device,
-        )  # fmt: skip
+        return Stream(partial(self.open, source), recipe.stages[0].resolution, autoencoder.encode, text_encoder.encode,
+                      self.info(told, autoencoder, text_encoder), recipe.seed, run / "source.jsonl",
+                      text_length=recipe.text_length, device=device)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,12 +122,10 @@ class Prepare(SourceOptions):
     """int8: integers with a scale for each token, half the size."""
     max_rejected: float = 0.05
     """Stop when a larger share of the records is damaged."""
-    autoencoder: str = "embedded"
-    """embedded, a folder in diffusers format, or a name on the hub."""
+    autoencoder: AutoencoderName = "embedded"
     text_encoder: str = "embedded"
     """embedded, a folder in transformers format, or a name on the hub."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     batch_size: int = 32
     """Pictures encoded at once."""
     rows_per_part: int = 4096
@@ -152,15 +140,16 @@ class Prepare(SourceOptions):
     def __call__(self) -> None:
         from torch import cuda
 
-        from micro_diffusion.data.prepare import REJECTS_FILE, ray_ranks
+        from micro_diffusion.data.prepare import REJECTS_FILE, Ranks, ray_ranks
+        from micro_diffusion.runtime.distributed import join
 
-        ranks = ray_ranks(self.work, gpus=float(cuda.is_available())) if self.engine == "ray" else torchrun()
-        report = self.work(ranks)
-        if ranks.rank:
+        with join("auto", timeout=PATIENCE) as world:
+            here, ray = Ranks(world.rank, world.size, world.agree), self.engine == "ray"
+            report = self.work(ray_ranks(self.work, gpus=float(cuda.is_available())) if ray else here)
+        if world.rank:
             return
-        print(
-            f"{self.out}: {report.rows:,} pictures in {report.parts} parts, {report.parts_written} of them written now"
-        )
+        written = f"{report.parts_written} of them written now"
+        print(f"{self.out}: {report.rows:,} pictures in {report.parts} parts, {written}")
         for reason, count in report.rejected.items():
             print(f"  left out: {count:,} ({reason})")
         if report.rejected:
@@ -179,29 +168,11 @@ class Prepare(SourceOptions):
         autoencoder = load_autoencoder(self.autoencoder, device=device)
         text_encoder = load_text_encoder(self.text_encoder, device=device)
         info = self.info(self.source, autoencoder, text_encoder)
-        return prepare(
-            records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
-            encode_text=text_encoder.encode,
-            info=replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype}),
-            rows_per_part=self.rows_per_part, batch_size=self.batch_size, max_rejected=self.max_rejected,
-            device=device, ranks=ranks, progress=counter(),
-        )  # fmt: skip
-
-
-def torchrun() -> "Ranks":
-    """This process's place under torchrun on one machine; alone without."""
-    from datetime import timedelta
-
-    from torch import cuda, distributed
-
-    from micro_diffusion.data.prepare import ALONE, Ranks
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return ALONE
-    if cuda.is_available():
-        cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))  # ranks need not finish together
-    return Ranks(distributed.get_rank(), distributed.get_world_size(), distributed.barrier)
+        info = replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype})
+        return prepare(records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
+                       encode_text=text_encoder.encode, info=info, rows_per_part=self.rows_per_part,
+                       batch_size=self.batch_size, max_rejected=self.max_rejected, device=device, ranks=ranks,
+                       progress=counter())  # fmt: skip
 
 
 def counter() -> "Callable[[int, int], None] | None":

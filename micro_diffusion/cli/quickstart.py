@@ -9,19 +9,21 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
-from micro_diffusion.cli.prepare import Prepare
+from micro_diffusion.cli.generate import Sampling
+from micro_diffusion.cli.prepare import AutoencoderName, Device, Prepare
 from micro_diffusion.cli.train import train_recipe
 from micro_diffusion.runtime.files import UserError, write_atomic
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from micro_diffusion.training.config import Recipe
+    from micro_diffusion.training.config import Recipe, Stage
 
 RESOLUTION, STEPS, GUIDANCE, SEED = 128, 20, 1.5, 0
 STAGE_PROMPTS = 8
@@ -41,10 +43,8 @@ class Quickstart:
     """Folder for the store, the run, the pictures and report.html."""
     length: float = 1.0
     """Length of training, as a multiple of the recipe's (about five minutes of two CPU cores)."""
-    autoencoder: str = "embedded"
-    """embedded, a folder in diffusers format, or a name on the hub."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    autoencoder: AutoencoderName = "embedded"
+    device: Device = "auto"
 
     def __call__(self) -> None:
         from micro_diffusion.recipes.recipe import RECIPES
@@ -55,12 +55,11 @@ class Quickstart:
             raise UserError("--length must be above 0.")
         recipe = replace(scaled(RECIPES["quickstart"](), self.length), autoencoder=self.autoencoder)
         run, seconds, started = self.out / "run", dict[str, float](), time.monotonic()
-        source = Prepare(
-            "emoji", self.out / "store", subset="quickstart", autoencoder=self.autoencoder, device=self.device
-        )
+        store = self.out / "store"
+        source = Prepare("emoji", store, subset="quickstart", autoencoder=self.autoencoder, device=self.device)
         source()
         seconds["prepare"] = time.monotonic() - started
-        train_recipe(recipe, [str(source.out)], run, device=self.device)
+        train_recipe(recipe, [str(store)], run, device=self.device)
         seconds["train"] = time.monotonic() - started - sum(seconds.values())
         captions, true = true_pictures(source)
         some = [i * len(captions) // STAGE_PROMPTS for i in range(STAGE_PROMPTS)]
@@ -113,20 +112,18 @@ def scaled(recipe: "Recipe", length: float) -> "Recipe":
     def times(images: int, batch: int) -> int:
         return round(images * length / batch) * batch
 
+    def longer(stage: "Stage") -> "Stage":
+        batch = stage.batch_size
+        return replace(
+            stage, images=max(math.floor(stage.images * length / batch + 1e-9), 2) * batch,
+            mask_schedule=tuple((times(start, batch), ratio) for start, ratio in stage.mask_schedule),
+            warmup_images=times(stage.warmup_images, batch), ema_start_images=times(stage.ema_start_images, batch),
+            ema_halflife_images=stage.ema_halflife_images and max(1, times(stage.ema_halflife_images, 1)),
+        )  # fmt: skip
+
     if length == 1:
         return recipe
-    stages = tuple(
-        replace(
-            stage,
-            images=max(math.floor(stage.images * length / stage.batch_size + 1e-9), 2) * stage.batch_size,
-            mask_schedule=tuple((times(start, stage.batch_size), ratio) for start, ratio in stage.mask_schedule),
-            warmup_images=times(stage.warmup_images, stage.batch_size),
-            ema_halflife_images=stage.ema_halflife_images and max(1, times(stage.ema_halflife_images, 1)),
-            ema_start_images=times(stage.ema_start_images, stage.batch_size),
-        )
-        for stage in recipe.stages
-    )
-    shorter = replace(recipe, stages=stages)
+    shorter = replace(recipe, stages=tuple(map(longer, recipe.stages)))
     return replace(shorter, **{name: min(getattr(recipe, name), shorter.images) for name in INTERVALS})
 
 
@@ -143,14 +140,10 @@ def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
 
 def draw(model: Path, captions: Sequence[str], *, device: str) -> "list[Image.Image]":
     """One picture a caption."""
-    from micro_diffusion.models.model import LatentDiffusion
-    from micro_diffusion.runtime.device import pick_device
     from micro_diffusion.runtime.report import pictures
 
-    images = LatentDiffusion.from_checkpoint(str(model), device=pick_device(device)).generate(
-        captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=SEED, batch_size=64
-    )
-    return pictures(images)
+    generate = Sampling(device=device).load(str(model)).generate
+    return pictures(generate(captions, num_inference_steps=STEPS, guidance_scale=GUIDANCE, seed=SEED, batch_size=64))
 
 
 def compare(drawn: "Sequence[Image.Image]", true: "Sequence[Image.Image]") -> tuple[list[int], list[float]]:
@@ -174,18 +167,17 @@ def peak_memory_gb() -> float | None:
 
 def machine(device: str) -> dict[str, str]:
     """Hardware and versions."""
-    from importlib.metadata import version
-
     import torch
 
     from micro_diffusion.runtime.device import pick_device
+    from micro_diffusion.runtime.hardware import device_name
 
-    chosen = pick_device(device)
-    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else f"{platform.machine()} {chosen.type}"
-    cores = f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"
-    system = f"{platform.system()}, Python {platform.python_version()}"
-    versions = {package: version(package) for package in ("torch", "diffusers", "transformers")}
-    return {"device": name, "cores": cores, "system": system, **versions}
+    return {
+        "device": f"{platform.machine()} {device_name(pick_device(device))}",
+        "cores": f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}",
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+        **{package: version(package) for package in ("torch", "diffusers", "transformers")},
+    }
 
 
 def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Image.Image | str]", *, run: Path) -> str:
@@ -200,10 +192,8 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         "autoencoder, text encoder": f"{recipe.autoencoder}, {recipe.text_encoder}",
     }
     for number, stage in enumerate(recipe.stages, 1):
-        settings[f"stage {number}: {stage.name}"] = (
-            f"{stage.images:,} images, {stage.mask_ratio:.0%} of the patches dropped, "
-            f"batch {stage.batch_size}, learning rate {stage.learning_rate:g}"
-        )
+        rates = f"{stage.mask_ratio:.0%} of the patches dropped, learning rate {stage.learning_rate:g}"
+        settings[f"stage {number}: {stage.name}"] = f"{stage.images:,} images, batch {stage.batch_size}, {rates}"
     used = {f"seconds to {name}": value for name, value in results["seconds"].items()}
     used |= {"peak memory": f"{results['peak_memory_gb']} GB", **results["machine"]}
     go_on = [
@@ -213,16 +203,10 @@ def page(recipe: "Recipe", results: Mapping[str, Any], figures: "Mapping[str, Im
         "micro-diffusion train emoji --store emoji-store --run emoji-run     # one GPU",
         "micro-diffusion prepare path/to/your/pictures --out my-store",
     ]
-    grid = figure(
-        figures["grid.png"],
-        alt="Pairs of a drawn and a true picture, with the prompt under each pair",
-        caption="Left in each pair: drawn by the model from the prompt. Right: the true picture.",
-    )
-    stages = figure(
-        figures["stages.png"],
-        alt="A row for each of some prompts; a column for each stage, and the true picture last",
-        caption="The same prompts and noise after each of the four stages.",
-    )
+    grid = figure(figures["grid.png"], alt="Pairs of a drawn and a true picture, with the prompt under each pair",
+                  caption="Left in each pair: drawn by the model from the prompt. Right: the true one.")  # fmt: skip
+    stages = figure(figures["stages.png"], caption="The same prompts and noise after each of the four stages.",
+                    alt="A row for each of some prompts, a column for each stage, the true picture last")  # fmt: skip
     sections = {
         "What it drew": paragraph(MEMORISES) + grid,
         "What each stage could draw": stages,

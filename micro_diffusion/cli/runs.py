@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
     from micro_diffusion.training.config import Recipe
 
-NUMBERS = {
-    "loss": ".4f", "validation": ".4f", "images_per_second": ",.0f", "device_hours": ",.2f", "dollars": ",.2f",
-}  # fmt: skip
+NUMBERS = {"loss": ".4f", "validation": ".4f", "images_per_second": ",.0f", "device_hours": ",.2f", "dollars": ",.2f"}
 
 
 class Run(NamedTuple):
@@ -111,6 +109,5 @@ def drawn(runs: Sequence[Run], suffix: str) -> str:
     svg = loss_curve({run.name: run.rows for run in runs})
     if suffix == ".svg":
         return svg
-    names = ", ".join(run.name for run in runs)
-    page = {"Training loss": figure(svg, alt="Training loss over images seen", caption=names)}
-    return html_page("Runs", f"{len(runs)} runs side by side.", page)
+    shown = figure(svg, alt="Training loss over images seen", caption=", ".join(run.name for run in runs))
+    return html_page("Runs", f"{len(runs)} runs side by side.", {"Training loss": shown})

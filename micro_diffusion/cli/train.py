@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from micro_diffusion.cli.evaluate import during_training
-from micro_diffusion.cli.prepare import SourceOptions
+from micro_diffusion.cli.prepare import Device, SourceOptions
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.parse import choose, nearest
 from micro_diffusion.training.options import DEFAULTS, Options
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from micro_diffusion.training.stages import State
 
 FROM_CHECKPOINT = ("model", "objective", "sigma_data", "flow_shift", "start_from", "start_from_sha256")
+DECIDED = "--set {} does nothing with --start-from: the checkpoint decides it."
 STUCK = 75
-SAMPLE_PROMPTS, SAMPLE_STEPS, SAMPLE_GUIDANCE = 8, 20, 2.0
+SAMPLE_PROMPTS = 8
+SAMPLING: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 2.0}
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,12 @@ class Train(SourceOptions):
     """Also log to this project at Weights & Biases (pip install 'micro-diffusion[wandb]')."""
     evaluate: Annotated[str | None, arg(metavar="BENCHMARK,PROMPTS")] = None
     """Also score the average's pictures, as in emoji,16: at ends of stages, and --set evaluate_every=IMAGES."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    device: Device = "auto"
     source: Annotated[str | None, arg(metavar="SOURCE")] = None
     """In place of a store: pictures as prepare takes them, encoded as they are needed, in their order."""
     options: Annotated[Options, arg(name="")] = field(default_factory=Options)
 
     def __call__(self) -> None:
-        from torch import cuda
-
         from micro_diffusion.runtime.distributed import join
         from micro_diffusion.training.parallel import make_deterministic
 
@@ -83,21 +82,16 @@ class Train(SourceOptions):
         if self.source and self.store:
             raise UserError("Training reads a --store or a --source, not both.")
         if self.chosen and not self.source:
-            raise UserError(
-                f"--{next(iter(self.chosen)).replace('_', '-')} does nothing without --source: a store has its own."
-            )
+            option = next(iter(self.chosen)).replace("_", "-")
+            raise UserError(f"--{option} does nothing without --source: a store has its own.")
         stream = partial(self.stream, self.source) if self.source else None
-        with join(cuda=self.device in ("auto", "cuda") and cuda.is_available(), timeout=options.timeout) as world:
+        with join(self.device, timeout=options.timeout) as world:
             logging.basicConfig(format="micro-diffusion: %(message)s")
             logging.getLogger("micro_diffusion").setLevel(logging.ERROR if world.rank else logging.INFO)
-            train_recipe(
-                recipe, self.store, self.run, device=self.device, weights=weights, stream=stream, price=self.price,
-                wandb=self.wandb, evaluate=self.evaluate, options=options, world=world,
-            )  # fmt: skip
+            train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, stream=stream, world=world,
+                         price=self.price, wandb=self.wandb, evaluate=self.evaluate, options=options)  # fmt: skip
         if not world.rank:
-            print(
-                f"The model is in {self.run / 'model'}; draw with: micro-diffusion generate --model {self.run} PROMPT"
-            )
+            print(f"The model is in {self.run / 'model'}; to draw: micro-diffusion generate --model {self.run} PROMPT")
 
 
 def find_recipe(name: str) -> "Recipe":
@@ -112,11 +106,9 @@ def find_recipe(name: str) -> "Recipe":
         raise UserError(f"There is no recipe file {file}.")
     if Path(file).suffix == ".json":
         return Recipe.from_json(Path(file).read_text())
-    made = runpy.run_path(file).get(function or "recipe", lambda: None)()
+    made = runpy.run_path(file).get(function := function or "recipe", lambda: None)()
     if not isinstance(made, Recipe):
-        raise UserError(
-            f"{file} has no function {function or 'recipe'!r} that returns a Recipe; name it as file.py:name."
-        )
+        raise UserError(f"{file} has no function {function!r} that returns a Recipe; name it as file.py:name.")
     return made
 
 
@@ -156,13 +148,9 @@ def fine_tuning(
     from micro_diffusion.training.config import Recipe
 
     set_here = {key: value for key, _, value in (change.partition("=") for change in changes)}
-
-    def refuse(key: str) -> None:
-        raise UserError(f"--set {key} does nothing with --start-from: the checkpoint decides it.")
-
     for key in set_here:
         if key.split(".")[0] in FROM_CHECKPOINT or key.endswith("pos_interp_scale"):
-            refuse(key)
+            raise UserError(DECIDED.format(key))
     saved, weights = run / "recipe.json", None
     before = Recipe.from_json(saved.read_text()) if saved.is_file() and latest(run / "checkpoints") else None
     if before is not None and before.start_from == name:
@@ -174,27 +162,23 @@ def fine_tuning(
         dit, card = load_checkpoint(name, **parts)
         weights, span = dit.state_dict(), card.resolution / card.dit.pos_interp_scale
         taken = {
-            "model": replace(card.dit, pos_interp_scale=1.0),
+            "model": replace(card.dit, pos_interp_scale=1.0), "text_length": card.text_length or recipe.text_length,
+            "autoencoder": card.autoencoder.name, "text_encoder": card.text_encoder.name,
+            "start_from": name, "start_from_sha256": hash_tensors(weights),
             "objective": "edm" if isinstance(card.objective, EDM) else "flow",
             "sigma_data": getattr(card.objective, "sigma_data", 0.9),
             "flow_shift": getattr(card.objective, "shift", 1.0),
-            "text_length": card.text_length or recipe.text_length,
-            "autoencoder": card.autoencoder.name,
-            "text_encoder": card.text_encoder.name,
-            "start_from": name,
-            "start_from_sha256": hash_tensors(weights),
-        }
+        }  # fmt: skip
         if "text_length" in set_here and taken["text_length"] != recipe.text_length:
-            refuse("text_length")
+            raise UserError(DECIDED.format("text_length"))
     stages = tuple(replace(stage, pos_interp_scale=stage.resolution / span) for stage in recipe.stages)
     return replace(recipe, stages=stages, **taken), weights
 
 
-def train_recipe(
-    recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, weights: "Mapping[str, Tensor] | None" = None,
-    stream: "Callable[..., Stream] | None" = None, price: float | None = None, wandb: str | None = None,
-    evaluate: str | None = None, options: Options = DEFAULTS, world: "World | None" = None,
-) -> None:  # fmt: skip
+def train_recipe(recipe: "Recipe", folders: Sequence[str], run: Path, *, device: str, price: float | None = None,
+                 weights: "Mapping[str, Tensor] | None" = None, stream: "Callable[..., Stream] | None" = None,
+                 wandb: str | None = None, evaluate: str | None = None, options: Options = DEFAULTS,
+                 world: "World | None" = None) -> None:  # fmt: skip
     """Open what the recipe needs, check that it fits together, and train; on a signal exit with 128 + its number."""
     from micro_diffusion.data.loader import require
     from micro_diffusion.data.store import Store
@@ -202,7 +186,6 @@ def train_recipe(
     from micro_diffusion.models.text_encoders import load_text_encoder
     from micro_diffusion.runtime.device import pick_device
     from micro_diffusion.runtime.distributed import ALONE, Stuck
-    from micro_diffusion.training.hooks import Evaluation
     from micro_diffusion.training.loop import Interrupted, train
 
     if not folders and not stream:
@@ -215,11 +198,10 @@ def train_recipe(
     text_encoder = load_text_encoder(recipe.text_encoder, device=encoders)
     having = by_resolution(recipe, stores, quiet=world.rank > 0)
     for resolution, some in having.items():
-        require(
-            some, resolution=resolution, text_encoder=recipe.text_encoder,
-            autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256,
-        )  # fmt: skip
-    check_widths(recipe, autoencoder, text_encoder)
+        require(some, resolution=resolution, text_encoder=recipe.text_encoder,
+                autoencoder_sha256=autoencoder.sha256, text_encoder_sha256=text_encoder.sha256)  # fmt: skip
+    parts = Parts(recipe, autoencoder, text_encoder)
+    parts.check_widths()
 
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
     kept = {size: [store for store in some if store in held_out] for size, some in having.items()}
@@ -231,21 +213,14 @@ def train_recipe(
     else:
         loaders = open_loaders(recipe, having, "train")
         captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
-    shown = partial(model_of, recipe, autoencoder, text_encoder)
-    sample = partial(draw, recipe, shown, captions)
     if recipe.evaluate_every and not evaluate:
         raise UserError("evaluate_every does nothing without --evaluate: name a benchmark, or set it to 0.")
-    hooks = [] if world.rank else make_hooks(recipe, run, sample, price=price, wandb=wandb, device=chosen)
-    if evaluate and not world.rank:
-        score = during_training(evaluate, shown, run / "evaluation", device=chosen)
-        hooks.insert(0, Evaluation(score, every=recipe.evaluate_every))
+    hooks = [] if world.rank else make_hooks(parts, run, captions, price=price, wandb=wandb, evaluate=evaluate,
+                                             device=chosen)  # fmt: skip
     try:
-        train(
-            recipe, run=run, loaders=loaders, validation=open_loaders(recipe, kept, "validation") if held_out else None,
-            downscale=autoencoder.downscale, device=chosen,
-            release=partial(release, recipe, autoencoder, text_encoder), hooks=hooks, weights=weights,
-            options=options, world=world,
-        )  # fmt: skip
+        validation = open_loaders(recipe, kept, "validation") if held_out else None
+        train(recipe, run=run, loaders=loaders, validation=validation, downscale=autoencoder.downscale, device=chosen,
+              release=parts.release, hooks=hooks, weights=weights, options=options, world=world)  # fmt: skip
     except Interrupted as stopped:
         if not world.rank:
             print(f"micro-diffusion: {stopped}", file=sys.stderr)
@@ -258,17 +233,19 @@ def train_recipe(
             print(f"  left out: {count:,} ({reason})")
 
 
-def make_hooks(
-    recipe: "Recipe", run: Path, draw: "Callable[[DiT], Image.Image]", *, price: float | None, wandb: str | None,
-    device: "torch.device",
-) -> "list[Hook]":  # fmt: skip
+def make_hooks(parts: "Parts", run: Path, captions: Sequence[str], *, price: float | None, wandb: str | None,
+               evaluate: str | None, device: "torch.device") -> "list[Hook]":  # fmt: skip
     """What watches a run, on rank 0."""
-    from micro_diffusion.training.hooks import Costs, Progress, Samples, TensorBoard, WandB
+    from micro_diffusion.training.hooks import Costs, Evaluation, Progress, Samples, TensorBoard, WandB
 
+    recipe, costs = parts.recipe, Costs(run / "log.jsonl", price=find_price(price, device))
     boards: "list[Hook]" = [TensorBoard(run / "tensorboard"), *([WandB(wandb, run, recipe=recipe)] if wandb else [])]
-    costs = Costs(run / "log.jsonl", price=find_price(price, device))
-    samples = Samples(draw, run / "samples", every=recipe.sample_every, boards=boards)
-    return [costs, Progress(recipe.images), *boards, samples]
+    samples = Samples(partial(parts.draw, captions), run / "samples", every=recipe.sample_every, boards=boards)
+    hooks = [costs, Progress(recipe.images), *boards, samples]
+    if evaluate:
+        score = during_training(evaluate, parts.model, run / "evaluation", device=device)
+        hooks.insert(0, Evaluation(score, every=recipe.evaluate_every))
+    return hooks
 
 
 def open_loaders(recipe: "Recipe", having: "Mapping[int, Sequence[Store]]", split: str) -> "dict[int, Loader]":
@@ -302,75 +279,55 @@ def find_price(price: float | None, device: "torch.device") -> float | None:
     return price or None
 
 
-def check_widths(recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder") -> None:
-    """Raise UserError if the model does not take what the encoders give."""
-    for setting, gives in (("in_channels", autoencoder.channels), ("caption_channels", text_encoder.width)):
-        takes = getattr(recipe.model, setting)
-        if takes != gives and recipe.start_from:
-            raise UserError(f"{recipe.start_from} was trained with {setting} {takes}, but the encoder gives {gives}.")
-        if takes != gives:
-            raise UserError(
-                f"The model's {setting} is not that of the store: train with --set model.{setting}={gives}."
-            )
-
-
 def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPTS) -> list[str]:
     """Captions of a few rows, spread over the first part that has any of that kind."""
     for part in range(len(store.parts)):
-        rows = store.rows(part)
-        texts = [
-            captions[0]
-            for captions, split in zip(rows["captions"].to_pylist(), rows["split"].to_pylist(), strict=True)
-            if (split != "train") == held_out
-        ]
-        if texts:
+        rows = zip(*(store.rows(part)[name].to_pylist() for name in ("captions", "split")), strict=True)
+        if texts := [captions[0] for captions, split in rows if (split != "train") == held_out]:
             return [texts[i * len(texts) // count] for i in range(min(count, len(texts)))]
     raise UserError(f"The store {store.path} has no rows to train on.")
 
 
-def model_of(
-    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", dit: "DiT"
-) -> "LatentDiffusion":
-    """The weights of the moment with the parts that they are trained with."""
-    from micro_diffusion.models.model import LatentDiffusion
+class Parts(NamedTuple):
+    """A recipe and the encoders that it names."""
 
-    return LatentDiffusion(
-        dit,
-        recipe.make_objective(recipe.stages[0]),
-        load_vae=lambda: autoencoder,
-        load_text_encoder=lambda: text_encoder,
-        text_length=recipe.text_length,
-        precision=recipe.precision,
-    )
+    recipe: "Recipe"
+    autoencoder: "Autoencoder"
+    text_encoder: "TextEncoder"
 
+    def check_widths(self) -> None:
+        """Raise UserError if the model does not take what the encoders give."""
+        start = self.recipe.start_from
+        for name, gives in (("in_channels", self.autoencoder.channels), ("caption_channels", self.text_encoder.width)):
+            takes = getattr(self.recipe.model, name)
+            if takes != gives and start:
+                raise UserError(f"{start} was trained with {name} {takes}, but the encoder gives {gives}.")
+            if takes != gives:
+                raise UserError(f"The model's {name} is not that of the store: train with --set model.{name}={gives}.")
 
-def draw(
-    recipe: "Recipe", shown: "Callable[[DiT], LatentDiffusion]", captions: Sequence[str], dit: "DiT"
-) -> "Image.Image":
-    """The captions as the weights of the moment draw them, always from the same noise."""
-    from micro_diffusion.runtime.report import grid, pictures
+    def model(self, dit: "DiT") -> "LatentDiffusion":
+        """The weights of the moment with the parts that they are trained with."""
+        from micro_diffusion.models.model import LatentDiffusion
 
-    images = shown(dit).generate(
-        captions, num_inference_steps=SAMPLE_STEPS, guidance_scale=SAMPLE_GUIDANCE, seed=recipe.seed
-    )
-    return grid(pictures(images), captions, columns=4)
+        recipe, autoencoder, text_encoder = self
+        return LatentDiffusion(dit, recipe.make_objective(recipe.stages[0]), load_vae=lambda: autoencoder,
+                               load_text_encoder=lambda: text_encoder, text_length=recipe.text_length,
+                               precision=recipe.precision)  # fmt: skip
 
+    def draw(self, captions: Sequence[str], dit: "DiT") -> "Image.Image":
+        """The captions as the weights of the moment draw them, always from the same noise."""
+        from micro_diffusion.runtime.report import grid, pictures
 
-def release(
-    recipe: "Recipe", autoencoder: "Autoencoder", text_encoder: "TextEncoder", folder: Path, state: "State"
-) -> None:
-    """Write the weights of the moment as a model folder."""
-    from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
+        images = self.model(dit).generate(captions, seed=self.recipe.seed, **SAMPLING)
+        return grid(pictures(images), captions, columns=4)
 
-    stage = recipe.stages[state.stage]
-    card = ModelCard(
-        dit=state.shown.config,
-        objective=recipe.make_objective(stage),
-        autoencoder=Part(recipe.autoencoder, autoencoder.sha256),
-        text_encoder=Part(recipe.text_encoder, text_encoder.sha256),
-        resolution=stage.resolution,
-        images_seen=state.images,
-        recipe=recipe.name,
-        text_length=recipe.text_length,
-    )
-    write_folder(folder, state.shown.state_dict(), card=card)
+    def release(self, folder: Path, state: "State") -> None:
+        """Write the weights of the moment as a model folder."""
+        from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
+
+        recipe, autoencoder, text_encoder = self
+        stage, shown = recipe.stages[state.stage], state.shown
+        parts = Part(recipe.autoencoder, autoencoder.sha256), Part(recipe.text_encoder, text_encoder.sha256)
+        card = ModelCard(shown.config, recipe.make_objective(stage), *parts, stage.resolution, state.images,
+                         recipe.name, recipe.text_length)  # fmt: skip
+        write_folder(folder, shown.state_dict(), card=card)

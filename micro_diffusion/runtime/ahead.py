@@ -13,10 +13,8 @@ class Late(Exception):
     """A call took longer than the timeout; its thread may still hang."""
 
 
-def ahead(
-    calls: Iterable[Callable[[], T]], *, depth: int, workers: int = 1, name: str,
-    stop: threading.Event | None = None, timeout: float | None = None,
-) -> Generator[T, None, None]:  # fmt: skip
+def ahead(calls: Iterable[Callable[[], T]], *, depth: int, workers: int = 1, name: str,
+          stop: threading.Event | None = None, timeout: float | None = None) -> Generator[T, None, None]:  # fmt: skip
     """The calls' results in order, `depth` of them made ahead; an error is raised in its turn, Late after `timeout` s.
 
     Closing the iterator sets `stop`, which tells calls to end early, and waits for those that have begun.

@@ -23,6 +23,4 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[None]:
     """The context in which a network's forward runs at `precision`, "float32" or "bf16"."""
-    if precision == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)

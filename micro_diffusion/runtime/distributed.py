@@ -53,12 +53,15 @@ ALONE = World()
 
 
 @contextlib.contextmanager
-def join(*, cuda: bool, timeout: float) -> Iterator[World]:
-    """Join the ranks that torchrun started, with a GPU each if `cuda`; they wait `timeout` seconds for each other."""
+def join(device: str, *, timeout: float) -> Iterator[World]:
+    """Join the ranks that torchrun started; they wait `timeout` seconds for each other.
+
+    Each has a GPU if `device` is "auto" or "cuda" and there are any.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield World(timeout=timeout)
         return
-    if cuda:
+    if cuda := device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     patience = timedelta(seconds=timeout)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=patience)

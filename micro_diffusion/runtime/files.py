@@ -60,14 +60,12 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
+        aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
         if final.exists():
-            aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
             _remove(aside)
             final.rename(aside)
-            temporary.rename(final)
-            _remove(aside)
-        else:
-            temporary.rename(final)
+        temporary.rename(final)
+        _remove(aside)
     except BaseException:
         _remove(temporary)
         raise

@@ -28,8 +28,6 @@ def parse(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, dict):
         return _parse_dataclass(hint, value, where)
-    if origin is Literal and value in arguments:
-        return value
     if origin in (Union, types.UnionType):
         for option in arguments:
             if _fits(option, value):
@@ -39,7 +37,7 @@ def parse(hint: Any, value: Any, where: str) -> Any:
         if len(parts) == len(value):
             pairs = enumerate(zip(parts, value, strict=True))
             return tuple(parse(part, item, f"{where}.{i}") for i, (part, item) in pairs)
-    if origin is None and _fits(hint, value):
+    if origin in (None, Literal) and _fits(hint, value):
         return float(value) if hint is float else value
     expected = " or ".join(map(repr, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
     raise UserError(f"{where} is {value!r}, but must be {expected}.")
@@ -55,8 +53,7 @@ def choose(table: Mapping[str, T], name: str, kind: str) -> T:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`did you mean 'x'?` or the list of what there is, for an error message."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    if near:
+    if near := difflib.get_close_matches(name, known, n=1):
         return f"did you mean {near[0]!r}?"
     return f"choose one of: {', '.join(known)}." if known else "there is none."
 

@@ -28,6 +28,10 @@ GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 10, 12, 15.6, 4, 300
 COLOURS = ("#2f6fde", "#e0632f", "#2a9d63", "#a855c7", "#c99a00", "#d6457f")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 
+Images = Sequence[Image.Image]
+Points = Sequence[tuple[float, float]]
+Marks = Sequence[tuple[float, str]]
+
 
 def pictures(images: Float[Tensor, "b 3 h w"]) -> list[Image.Image]:
     """Float images in [0, 1] as RGB pictures."""
@@ -72,7 +76,7 @@ def _fit(picture: Image.Image, height: int) -> Image.Image:
     return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _sheet(rows: Sequence[Sequence[Image.Image]], *, gap: int, margin: int = 0, paper: str = PAPER) -> Image.Image:
+def _sheet(rows: Sequence[Images], *, gap: int, margin: int = 0, paper: str = PAPER) -> Image.Image:
     """Rows of cells, `gap` pixels apart; each at the top of its row and in the middle of its column."""
     widths = [max(cell.width for cell in column if cell) for column in itertools.zip_longest(*rows)]
     heights = [max(cell.height for cell in row) for row in rows]
@@ -87,42 +91,28 @@ def _sheet(rows: Sequence[Sequence[Image.Image]], *, gap: int, margin: int = 0, 
     return sheet
 
 
-def grid(
-    images: Sequence[Image.Image], captions: Sequence[str], *, columns: int | None = None, size: int = 128
-) -> Image.Image:
+def grid(images: Images, captions: Sequence[str], *, columns: int | None = None, size: int = 128) -> Image.Image:
     """Pictures in reading order, each scaled to `size` pixels of height, with its caption wrapped under it."""
     if not images or len(images) != len(captions):
         raise ValueError(f"a grid needs as many captions as pictures, at least one: {len(images)}, {len(captions)}")
     columns = min(columns or math.ceil(math.sqrt(len(images) * 1.5)), len(images))
     fitted = [_fit(image, size) for image in images]
     width = max(picture.width for picture in fitted)
-    cells = [
-        _sheet([[picture], [_text(caption, width)]], gap=4) for picture, caption in zip(fitted, captions, strict=True)
-    ]
+    cells = [_sheet([[image], [_text(words, width)]], gap=4) for image, words in zip(fitted, captions, strict=True)]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     return _sheet(rows, gap=GAP, margin=GAP)
 
 
-def pairs_grid(
-    drawn: Sequence[Image.Image],
-    true: Sequence[Image.Image],
-    captions: Sequence[str],
-    *,
-    columns: int = 5,
-    size: int = 96,
-) -> Image.Image:
+def pairs_grid(drawn: Images, true: Images, prompts: Sequence[str], *, columns: int = 5, size: int = 96) -> Image.Image:
     """Each cell holds the drawn picture on the left and the true one on the right, the prompt under both."""
-    pairs = [
-        _sheet([[_fit(left, size), _fit(right, size)]], gap=2, paper="#d7dae0")
-        for left, right in zip(drawn, true, strict=True)
-    ]
-    body = grid(pairs, captions, columns=columns, size=size)
+    pairs = [_sheet([[_fit(a, size), _fit(b, size)]], gap=2, paper="#d7dae0") for a, b in zip(drawn, true, strict=True)]
+    body = grid(pairs, prompts, columns=columns, size=size)
     head = _text("in each pair: drawn by the model (left), true picture (right)", body.width - 2 * GAP, FAINT)
     return _sheet([[ImageOps.expand(head, (0, GAP, 0, 0), PAPER)], [body]], gap=0)
 
 
 def table_grid(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], *, size: int = 128
+    rows: Sequence[Images], row_labels: Sequence[str], column_labels: Sequence[str], *, size: int = 128
 ) -> Image.Image:
     """Rows by columns of pictures: labels on the left and on top."""
     cells = [[Image.new("RGB", (1, 1), PAPER), *(_text(label, size) for label in column_labels)]]
@@ -174,22 +164,15 @@ CURVE_STYLE = """<style>.curve{font:12px system-ui,sans-serif;background:#fff}.c
 .curve{background:#171a21}.curve text{fill:#e4e7ee}}</style>"""
 
 
-def loss_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, marks: Sequence[tuple[float, str]] = ()) -> str:
+def loss_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, marks: Marks = ()) -> str:
     """The training loss that logs tell of, over images seen."""
     points = {name: [(row["images"], row["loss"]) for row in rows if row.get("loss")] for name, rows in logs.items()}
-    return curve_svg(
-        points, title="Training loss", x_label="images seen", y_label="loss (log scale)", log_y=True, marks=marks
-    )
+    return curve_svg(points, title="Training loss", x_label="images seen", y_label="loss (log scale)",
+                     log_y=True, marks=marks)  # fmt: skip
 
 
 def curve_svg(
-    series: Mapping[str, Sequence[tuple[float, float]]],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    log_y: bool = False,
-    marks: Sequence[tuple[float, str]] = (),
+    series: Mapping[str, Points], *, title: str, x_label: str, y_label: str, log_y: bool = False, marks: Marks = ()
 ) -> str:
     """Lines over common axes as one SVG; `marks` are labelled upright lines such as the starts of stages.
 

@@ -122,7 +122,7 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // machines)
     options = Options(**{name: settings[name] for name in settings.keys() & Options.__dataclass_fields__.keys()})
     try:
-        with join(cuda=False, timeout=options.timeout) as world:
+        with join("cpu", timeout=options.timeout) as world:
             die_while_saving(settings, world)
             loaders = {size: RandomRows(size // 8, folder, settings, world) for size in (64, 128)}
             train(
