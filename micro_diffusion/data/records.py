@@ -47,6 +47,9 @@ class Record:
     encoded: Encoded | None = None
 
 
+Records = Iterator[Record]
+
+
 class Rejected(Exception):
     """A record that cannot be used: `reason` is what rejects are counted by, `detail` what went wrong with this one."""
 
