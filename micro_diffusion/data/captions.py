@@ -50,9 +50,7 @@ def paper(text: str) -> str:
     return " ".join(text.split())
 
 
-CAPTION_RULES: dict[str, Callable[[str], str]] = {
-    "none": str, "light": light, "first-line": first_line, "paper": paper,
-}  # fmt: skip
+CAPTION_RULES: dict[str, Callable[[str], str]] = {"none": str, "light": light, "first-line": first_line, "paper": paper}
 
 
 def clean_captions(captions: Sequence[Caption], rule: Callable[[str], str]) -> tuple[list[str], list[float]]:

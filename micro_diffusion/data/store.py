@@ -157,9 +157,7 @@ def read_stream(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); copy it again, or prepare the store into a new folder."
-        ) from error
+        raise UserError(f"{path} is damaged ({error}); copy it again, or prepare a new store.") from error
 
 
 def _forget_oldest(cache: Path, limit: int) -> None:

@@ -85,9 +85,7 @@ def _vary(image: bytes, name: str, *, mirror: bool) -> bytes:
     corner = [-edge * place * (1 - size) / size for place in (left, top)]  # in pixels of the picture
     # pixels outside the picture are white: the drawings stand on white
     inverse = (1 / size, 0.0, corner[0], 0.0, 1 / size, corner[1])
-    moved = picture.transform(
-        (edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255)
-    )
+    made = picture.transform((edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor="white")
     buffer = io.BytesIO()
-    moved.save(buffer, "BMP")  # no time lost on compression
+    made.save(buffer, "BMP")  # no time lost on compression
     return buffer.getvalue()

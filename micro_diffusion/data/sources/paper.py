@@ -18,11 +18,10 @@ from micro_diffusion.data.sources.archives import caption_index, entries, pictur
 from micro_diffusion.data.sources.tables import hub_records
 from micro_diffusion.runtime.files import UserError, atomic_file
 
+JOURNEYDB, DIFFUSIONDB = f"{HUB}JourneyDB/JourneyDB", f"{HUB}poloclub/diffusiondb"
+COCO = "http://images.cocodataset.org"
 Pairs = Iterator[tuple[str, str | bytes]]  # a picture's file name and one of its captions
-DIFFUSIONDB = (
-    "diffusiondb-large-part-1/part-{000001..010000}.zip",
-    "diffusiondb-large-part-2/part-{010001..014000}.zip",
-)
+DIFFUSIONDB_PARTS = ("1/part-{000001..010000}.zip", "2/part-{010001..014000}.zip")
 MAX_NSFW = 0.2  # of both scores of DiffusionDB, the picture's and the prompt's
 SA1B_CAPTIONS = f"{HUB}PixArt-alpha/SAM-LLaVA-Captions10M/SA1B_caption.tar.gz"
 SA1B_EDGE = 512  # of the pictures that are kept; the originals have about 1,500
@@ -82,9 +81,7 @@ def _resized(content: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def journeydb(
-    address: str = f"{HUB}JourneyDB/JourneyDB", *, downloads: Path = DOWNLOADS, fraction: float = 1.0
-) -> Records:
+def journeydb(address: str = JOURNEYDB, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """JourneyDB, drawn by Midjourney: 200 archives of training pictures. Its terms must be accepted on the hub."""
     table = f"{address}/data/train/train_anno_realease_repath.jsonl.tgz"
 
@@ -97,9 +94,7 @@ def journeydb(
     return picture_records(archives, "journeydb", caption_index(downloads, table, prompts))
 
 
-def diffusiondb(
-    address: str = f"{HUB}poloclub/diffusiondb", *, downloads: Path = DOWNLOADS, fraction: float = 1.0
-) -> Records:
+def diffusiondb(address: str = DIFFUSIONDB, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """DiffusionDB (large), drawn by Stable Diffusion: 14,000 zips. Pictures with a high nsfw score are left out."""
     table = f"{address}/metadata-large.parquet"
 
@@ -112,7 +107,7 @@ def diffusiondb(
                 if max(scores) <= MAX_NSFW:
                     yield name, prompt
 
-    parts = [part for name in DIFFUSIONDB for part in expand(f"{address}/{name}")]
+    parts = [part for name in DIFFUSIONDB_PARTS for part in expand(f"{address}/diffusiondb-large-part-{name}")]
     parts = parts[: len(expand("{1..14000}", fraction))]
     lookup = caption_index(downloads, table, prompts)
     return picture_records(fetch_all(parts, downloads), "diffusiondb", lookup, absent="nsfw score")
@@ -125,17 +120,14 @@ def textcaps(address: str = "HuggingFaceM4/TextCaps", *, fraction: float = 1.0) 
         yield from hub_records(address, split=split, revision=revision, fraction=fraction)
 
 
-def coco(
-    address: str = "http://images.cocodataset.org", *, downloads: Path = DOWNLOADS, fraction: float = 1.0
-) -> Records:
+def coco(address: str = COCO, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """COCO 2014, validation split: 40,504 pictures to judge by, never trained on."""
     table = f"{address}/annotations/annotations_trainval2014.zip"
 
     def captions() -> Pairs:
         (read,) = (read for name, read in entries(fetch(table, downloads)) if name.endswith("captions_val2014.json"))
-        return (
-            (f"COCO_val2014_{row['image_id']:012}.jpg", row["caption"]) for row in json.loads(read())["annotations"]
-        )
+        rows = json.loads(read())["annotations"]
+        return ((f"COCO_val2014_{row['image_id']:012}.jpg", row["caption"]) for row in rows)
 
     pictures = fetch_all([f"{address}/zips/val2014.zip"], downloads)
     found = picture_records(pictures, "coco", caption_index(downloads, table, captions))

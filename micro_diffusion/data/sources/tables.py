@@ -118,9 +118,8 @@ def _image(value: Any) -> str | bytes:
 def captions_of(value: Any) -> tuple[Caption, ...]:
     """One caption, a list of them, or none; as bytes, so that what is not UTF-8 is found out when they are cleaned."""
     values = [each for each in (value if isinstance(value, list | tuple) else [value]) if each is not None]
-    return tuple(
-        Caption(each if isinstance(each, bytes) else str(each).encode("utf-8", "surrogatepass")) for each in values
-    )
+    texts = (each if isinstance(each, bytes) else str(each).encode("utf-8", "surrogatepass") for each in values)
+    return tuple(map(Caption, texts))
 
 
 def _read_csv(table: Path) -> Table:
