@@ -107,7 +107,9 @@ def latent_columns(mean: Tensor, deviation: Tensor, samples: Sequence[Sample], s
     return {**found, "height": [height] * count, "width": [width] * count}
 
 
-def text_columns(encoded: Sequence[States], samples: Sequence[Sample], *, width: int, small: bool) -> Columns:
+def text_columns(
+    encoded: Sequence[tuple[Tensor, Tensor]], samples: Sequence[Sample], *, width: int, small: bool
+) -> Columns:
     """States of all captions of each row without padding; `small` makes them int8 with a scale for each token."""
     real = [mask.bool().cpu() for _, mask in encoded]
     states = torch.cat([to_half(all_, "text encoder")[mask] for (all_, _), mask in zip(encoded, real, strict=True)])
