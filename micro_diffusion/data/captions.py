@@ -20,26 +20,23 @@ def first_line(text: str) -> str:
 
 
 # In this order, on the lower-cased text: what is dropped, and by what it is replaced.
-PAPER_DROPS = tuple(
-    (re.compile(pattern), by)
-    for pattern, by in (
-        (r"<[^>]*>", " "),  # tags
-        (r"(?:https?:|www\.)\S+|\b[\w.-]+\.(?:com|co|org|net|edu|gov|ru|info|de|uk|io)\b(?:/\S*)?", " "),  # addresses
-        (r"\b\d{1,3}(?:\.\d{1,3}){3}\b", " "),
-        (r"(?:^|(?<=\s))@\w+", " "),  # handles
-        (r"\S+\.(?:png|jpe?g|bmp|webp|gif|svg|pdf|eps|mp4|html?)\b", " "),  # file names
-        (r"[\u3000-\u30ff\u31c0-\u31ff\u3200-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\uff00-\uffef]+", " "),  # CJK
-        (r"[\u2010-\u2015\u2212]", "-"),
-        (r"[\u201c\u201d\u00ab\u00bb`]", '"'),
-        (r"[\u2018\u2019\u00b4]", "'"),
-        (r"#?\b\d{5,}\b", " "),  # numbers that only a catalogue knows
-        (r"\b(?=\w*\d\w*\d)(?=\w*[a-z])\w{7,}\b", " "),
-        (r"\b\d+(?:\.\d+)?\s*x\s*\d+(?:\.\d+)?\b", " "),  # sizes
-        (r"[^\w\s.,:;!?'\"&%$()/+-]|_", " "),  # most punctuation
-        (r"([.,:;!?'\"-])\1+", r"\1"),
-        (r"\s+(?=[.,:;!?])", ""),
-        (r"^[\s.,:;!?'\"-]+|[\s,:;'\"-]+$", ""),
-    )
+PAPER_DROPS = (
+    (r"<[^>]*>", " "),  # tags
+    (r"(?:https?:|www\.)\S+|\b[\w.-]+\.(?:com|co|org|net|edu|gov|ru|info|de|uk|io)\b(?:/\S*)?", " "),  # addresses
+    (r"\b\d{1,3}(?:\.\d{1,3}){3}\b", " "),
+    (r"(?:^|(?<=\s))@\w+", " "),  # handles
+    (r"\S+\.(?:png|jpe?g|bmp|webp|gif|svg|pdf|eps|mp4|html?)\b", " "),  # file names
+    (r"[\u3000-\u30ff\u31c0-\u31ff\u3200-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uac00-\ud7af\uff00-\uffef]+", " "),  # CJK
+    (r"[\u2010-\u2015\u2212]", "-"),
+    (r"[\u201c\u201d\u00ab\u00bb`]", '"'),
+    (r"[\u2018\u2019\u00b4]", "'"),
+    (r"#?\b\d{5,}\b", " "),  # numbers that only a catalogue knows
+    (r"\b(?=\w*\d\w*\d)(?=\w*[a-z])\w{7,}\b", " "),
+    (r"\b\d+(?:\.\d+)?\s*x\s*\d+(?:\.\d+)?\b", " "),  # sizes
+    (r"[^\w\s.,:;!?'\"&%$()/+-]|_", " "),  # most punctuation
+    (r"([.,:;!?'\"-])\1+", r"\1"),
+    (r"\s+(?=[.,:;!?])", ""),
+    (r"^[\s.,:;!?'\"-]+|[\s,:;'\"-]+$", ""),
 )
 
 
@@ -49,13 +46,11 @@ def paper(text: str) -> str:
     if len(re.findall(r"(?<=\w)[-_](?=\w)", text)) > 3:  # words joined as in a file's name
         text = re.sub(r"[-_]", " ", text)
     for pattern, by in PAPER_DROPS:
-        text = pattern.sub(by, text)
+        text = re.sub(pattern, by, text)
     return " ".join(text.split())
 
 
-CAPTION_RULES: dict[str, Callable[[str], str]] = {
-    "none": str, "light": light, "first-line": first_line, "paper": paper,
-}  # fmt: skip
+CAPTION_RULES: dict[str, Callable[[str], str]] = {"none": str, "light": light, "first-line": first_line, "paper": paper}
 
 
 def clean_captions(captions: Sequence[Caption], rule: Callable[[str], str]) -> tuple[list[str], list[float]]:

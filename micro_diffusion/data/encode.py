@@ -1,6 +1,6 @@
 """From records to columns of numbers: what threads do for each picture, and what the encoders' tensors become."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +16,8 @@ from micro_diffusion.runtime.random import derive_seed
 
 # Pictures in [-1, 1], (b, 3, h, w), to the mean and standard deviation of their scaled latents, (b, c, h, w) each.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
-# Captions to padded states (b, l, d) and the mask of real tokens (b, l).
-EncodeText = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+States = tuple[Float[Tensor, "b l d"], Bool[Tensor, "b l"]]  # padded, and the mask of real tokens
+EncodeText = Callable[[Sequence[str]], States]  # of captions
 Columns = Mapping[str, Any]  # of an Arrow table, by name
 
 
@@ -65,18 +65,16 @@ def encode_pictures(
     return latents, torch.zeros_like(latents)
 
 
-def encode_captions(
-    samples: Sequence[Sample], encode: EncodeText, *, width: int, at_once: int
-) -> list[tuple[Float[Tensor, "b l d"], Bool[Tensor, "b l"]]]:
+def encode_captions(samples: Sequence[Sample], encode: EncodeText, *, width: int, at_once: int) -> Iterator[States]:
     """Padded states of all captions and the masks of real tokens, `at_once` at a time, or those that the source has."""
     if not samples[0].record.encoded:
         texts = [text for sample in samples for text in sample.texts]
-        return [encode(texts[start : start + at_once]) for start in range(0, len(texts), at_once)]
+        return (encode(texts[start : start + at_once]) for start in range(0, len(texts), at_once))
     given = [record.encoded.text if record.encoded else np.zeros(0) for record, *_ in samples]
     if odd := [sample.record.key for sample, text in zip(samples, given, strict=True) if text.size % width]:
         raise UserError(f"{odd[0]} has caption states of another width than {width}.")
     states = [torch.from_numpy(text.reshape(1, -1, width).copy()) for text in given]
-    return [(each, torch.ones(each.shape[:2], dtype=torch.bool)) for each in states]
+    return ((each, torch.ones(each.shape[:2], dtype=torch.bool)) for each in states)
 
 
 def to_half(values: Tensor, maker: str) -> Tensor:
@@ -95,13 +93,11 @@ def row_columns(samples: Sequence[Sample]) -> Columns:
     return {**told, "captions": texts, "weights": weights, "width": width, "height": height}
 
 
-def latent_columns(
-    mean: Tensor, deviation: Tensor, samples: Sequence[Sample], resolution: int, info: StoreInfo
-) -> Columns:
-    """Mean and deviation, or a draw from each posterior by a generator that (seed, key, resolution) decide."""
+def latent_columns(mean: Tensor, deviation: Tensor, samples: Sequence[Sample], size: int, info: StoreInfo) -> Columns:
+    """Mean and deviation, or a draw from each posterior by a generator that (seed, key, size in pixels) decide."""
     mean, deviation = mean.detach().float().cpu(), deviation.detach().float().cpu()
     if not info.posterior:
-        seeds = [derive_seed(info.seed, "posterior", sample.record.key, resolution) for sample in samples]
+        seeds = [derive_seed(info.seed, "posterior", sample.record.key, size) for sample in samples]
         noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         mean = mean + deviation * torch.stack(noise)
     kept = {"latents": mean, **({"deviation": deviation} if info.posterior else {})}

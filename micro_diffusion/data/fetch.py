@@ -55,8 +55,7 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
     target = Path(downloads, host.replace(":", "-") or scheme, *parts)
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(f"{TEMPORARY_PREFIX}{target.name}.lock")):
+    with lock(target):
         for attempt in range(TRIES):
             time.sleep(2 ** (attempt - 2) if attempt else 0)
             try:
@@ -65,13 +64,17 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
                 return target
             except (OSError, HTTPException) as error:
                 problem = error
-                code = error.code if isinstance(error, urllib.error.HTTPError) else 500
-                if isinstance(error, urllib.error.HTTPError):
-                    error.close()
+                code = getattr(error, "code", 500)  # of the web
                 if isinstance(error, FileNotFoundError) or (code < 500 and code not in (408, 416, 429)):
                     break
     hint = "accept the terms on its page, then 'hf auth login'; or " if address.startswith(HUB) else ""
     raise UserError(f"{address} cannot be had ({problem}); {hint}run this again: it goes on where it stopped.")
+
+
+def lock(file: Path) -> FileLock:
+    """What keeps other processes from making the same file meanwhile; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(file.with_name(f"{TEMPORARY_PREFIX}{file.name}.lock"))
 
 
 def _resume(address: str, target: Path, stop: threading.Event | None) -> None:
@@ -80,6 +83,7 @@ def _resume(address: str, target: Path, stop: threading.Event | None) -> None:
     try:
         stream, start, total, now = _open(address, part.stat().st_size if known else 0, known)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # all of it was there, or more: begin again
             part.unlink(missing_ok=True)
         raise

@@ -44,9 +44,8 @@ def problems(store: Store) -> Iterator[str]:
         files = part.files.items()
         changed = [name for name, digest in files if not (folder / name).is_file() or sha256(folder / name) != digest]
         yield from (f"{folder / name} is missing, or is not the file that was written." for name in changed)
-        yield from (
-            f"{folder / name} has {what}." for name, what in (_wrong(store, index, part) if not changed else ())
-        )
+        if not changed:
+            yield from (f"{folder / name} has {what}." for name, what in _wrong(store, index, part))
 
 
 def _wrong(store: Store, index: int, part: PartInfo) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ A position counts images seen. The stores are interleaved by weight. Within a st
 and rows are permuted inside windows of `shuffle_window` parts, so that few files are read at a time.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +21,6 @@ from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed, draw_normal, draw_uniform
 
 Positions = Int[np.ndarray, " n"]
-Starts = Int[np.ndarray, " w"]
 
 
 class Batch(NamedTuple):
@@ -34,14 +33,23 @@ class Batch(NamedTuple):
     text_scale: Float[Tensor, "b l"] | None = None  # what the text is to be multiplied by; None is 1
 
 
+Reading = Generator[Batch, None, None]  # to be closed: threads read ahead
+
+
 @runtime_checkable
 class Batches(Protocol):
     """What training reads from: what stands at a position is the same for any start, batch size and number of ranks."""
 
-    def batches(
-        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1
-    ) -> Generator[Batch, None, None]:
+    def batches(self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Reading:
         """This rank's share of each global batch between two positions."""
+
+
+def shares(start: int, stop: int, batch_size: int, *, rank: int, world: int) -> Iterator[tuple[int, int, int, int]]:
+    """Position and size of each global batch between two positions, and where in it this rank's share lies."""
+    if batch_size % world:
+        raise ValueError(f"a batch of {batch_size} does not divide among {world} ranks")
+    sizes = ((position, min(batch_size, stop - position)) for position in range(start, stop, batch_size))
+    return ((position, size, size * rank // world, size * (rank + 1) // world) for position, size in sizes)
 
 
 def permutation(seed: int, length: int) -> Positions:
@@ -89,8 +97,7 @@ class OpenPart:
         rows, latents, text = store.rows(part), store.latents(resolution, part), store.text(text_encoder, part)
         self.rows = np.flatnonzero(pc.equal(rows["split"], "train").to_numpy() == (split == "train"))
         self.keys, self.weights = rows["key"], rows["weights"]
-        self.latents = latents["latents"]
-        self.deviation = latents["deviation"] if store.info.posterior else None
+        self.latents, self.deviation = latents["latents"], latents["deviation"] if store.info.posterior else None
         self.lengths, self.states = text["lengths"], text["states"]
         self.scales = text["scales"] if "scales" in text.column_names else None
         self.shape = (latents["height"][0].as_py(), latents["width"][0].as_py()) if len(rows) else (0, 0)
@@ -113,7 +120,7 @@ class Order:
         self._pass = lru_cache(maxsize=2)(self._plan_pass)
         self._window = lru_cache(maxsize=2)(self._plan_window)
 
-    def _plan_pass(self, number: int) -> tuple[Positions, Starts]:
+    def _plan_pass(self, number: int) -> tuple[Positions, Int[np.ndarray, " w"]]:
         """Permuted parts, and the row at which each window starts."""
         parts = permutation(derive_seed(self.seed, "parts", number), len(self.counts))
         ends = np.append(0, np.cumsum(self.counts[parts]))
@@ -142,43 +149,28 @@ class Loader:
     """
 
     def __init__(
-        self,
-        stores: Sequence[Store],
-        *,
-        resolution: int,
-        text_encoder: str,
-        seed: int,
-        weights: Sequence[float] | None = None,
-        shuffle_window: int = 16,
-        split: str = "train",
+        self, stores: Sequence[Store], *, resolution: int, text_encoder: str, seed: int,
+        weights: Sequence[float] | None = None, shuffle_window: int = 16, split: str = "train",
         text_length: int | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         require(stores, resolution=resolution, text_encoder=text_encoder)
-        self.stores, self.text_length = list(stores), text_length
-        self.resolution, self.text_encoder, self.seed, self.split = resolution, text_encoder, seed, split
+        self.stores, self.seed, self.text_length = list(stores), seed, text_length
         self.width = stores[0].info.text_encoders[text_encoder].width
         self.channels = stores[0].info.autoencoder.channels
         counts = [[_rows_of(part.splits, split) for part in store.parts] for store in stores]
-        for store, rows in zip(stores, counts, strict=True):
-            if not sum(rows):
-                raise UserError(f"The store {store.path} has no {split} rows.")
-        self.orders = [
-            Order(rows, seed=derive_seed(seed, "order", index), window=shuffle_window)
-            for index, rows in enumerate(counts)
-        ]
+        if empty := [store.path for store, rows in zip(stores, counts, strict=True) if not sum(rows)]:
+            raise UserError(f"The store {empty[0]} has no {split} rows.")
+        seeds = [derive_seed(seed, "order", index) for index in range(len(stores))]
+        self.orders = [Order(rows, seed=s, window=shuffle_window) for rows, s in zip(counts, seeds, strict=True)]
         self.weights = list(weights) if weights is not None else [order.rows for order in self.orders]
         if len(self.weights) != len(self.stores) or min(self.weights) <= 0:
             raise ValueError("one positive weight a store")
-        self._open = lru_cache(maxsize=4 * shuffle_window * len(self.stores))(self._open_part)
+        part_of = partial(OpenPart, resolution=resolution, text_encoder=text_encoder, split=split)
+        self._open = lru_cache(4 * shuffle_window * len(stores))(lambda store, part: part_of(self.stores[store], part))
 
     def __len__(self) -> int:
         """Rows in all stores: the length of a pass when the weights are the default."""
         return sum(order.rows for order in self.orders)
-
-    def _open_part(self, store: int, part: int) -> OpenPart:
-        return OpenPart(
-            self.stores[store], part, resolution=self.resolution, text_encoder=self.text_encoder, split=self.split
-        )
 
     def batch(self, start: int, count: int) -> Batch:
         """The images at positions `start` to `start + count`; each visit draws one of the picture's captions."""
@@ -192,12 +184,10 @@ class Loader:
         """Rows of the split in the order of the stores' tables, each with its first caption; float32."""
         ends = np.cumsum([0] + [count for order in self.orders for count in order.counts])
         names = [(store, part) for store, order in enumerate(self.orders) for part in range(len(order.counts))]
-        places = []
-        for index in indices:
-            if not 0 <= index < ends[-1]:
-                raise IndexError(f"row {index} of {ends[-1]}")
-            part = int(np.searchsorted(ends, index, side="right")) - 1
-            places.append((*names[part], int(index - ends[part])))
+        if odd := [index for index in indices if not 0 <= index < ends[-1]]:
+            raise IndexError(f"row {odd[0]} of {ends[-1]}")
+        parts = (np.searchsorted(ends, indices, side="right") - 1).tolist()
+        places = [(*names[part], int(index - ends[part])) for part, index in zip(parts, indices, strict=True)]
         batch = self._assemble(places, [0.0] * len(places))
         assert batch.text_scale is not None
         text = batch.text.float() * batch.text_scale.float()[..., None]
@@ -230,21 +220,14 @@ class Loader:
 
     def batches(
         self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2
-    ) -> Generator[Batch, None, None]:
+    ) -> Reading:
         """This rank's share of each global batch between two positions, read ahead in a thread; the last may be small.
 
         Closing the iterator stops the thread; an error in it is raised here.
         """
-        if batch_size % world:
-            raise ValueError(f"a batch of {batch_size} does not divide among {world} ranks")
-
-        def calls() -> Iterator[Callable[[], Batch]]:
-            for position in range(start, stop, batch_size):
-                size = min(batch_size, stop - position)
-                first, last = size * rank // world, size * (rank + 1) // world
-                yield partial(self.batch, position + first, last - first)
-
-        return ahead(calls(), depth=prefetch, name="loader")
+        parts = shares(start, stop, batch_size, rank=rank, world=world)
+        calls = (partial(self.batch, position + first, last - first) for position, _, first, last in parts)
+        return ahead(calls, depth=prefetch, name="loader")
 
 
 def _rows_of(splits: Any, split: str) -> int:
@@ -254,13 +237,9 @@ def _rows_of(splits: Any, split: str) -> int:
 
 
 def require(
-    stores: Sequence[Store],
-    *,
-    resolution: int,
-    text_encoder: str,
-    autoencoder_sha256: str | None = None,
-    text_encoder_sha256: str | None = None,
-) -> None:
+    stores: Sequence[Store], *, resolution: int, text_encoder: str,
+    autoencoder_sha256: str | None = None, text_encoder_sha256: str | None = None,
+) -> None:  # fmt: skip
     """Raise `UserError`, naming what the store has, unless every store holds what the training needs."""
     for store in stores:
         info = store.info

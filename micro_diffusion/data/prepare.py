@@ -27,6 +27,8 @@ from micro_diffusion.runtime.ahead import ahead
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, remove_leftovers, sha256, sync, write_atomic
 
 REJECTS_FILE = "rejects.jsonl"
+# Begins to encode a batch; returns what makes a file's columns once the device is done.
+Maker = Callable[[Sequence[Sample]], Callable[[], Columns]]
 
 
 class Ranks(NamedTuple):
@@ -77,22 +79,11 @@ class PrepareReport:
 
 
 def prepare(
-    records: Iterable[Record],
-    out: Path,
-    *,
-    resolutions: Sequence[int],
-    encode_images: EncodeImages,
-    encode_text: EncodeText,
-    info: StoreInfo,
-    seed: int = 0,
-    rows_per_part: int = 4096,
-    batch_size: int = 32,
-    workers: int | None = None,
-    max_rejected: float = 0.05,
-    device: torch.device | str = "cpu",
-    ranks: Ranks = ALONE,
-    progress: Callable[[int, int], None] | None = None,
-) -> PrepareReport:
+    records: Iterable[Record], out: Path, *, resolutions: Sequence[int], info: StoreInfo,
+    encode_images: EncodeImages, encode_text: EncodeText, seed: int = 0, rows_per_part: int = 4096,
+    batch_size: int = 32, workers: int | None = None, max_rejected: float = 0.05, device: torch.device | str = "cpu",
+    ranks: Ranks = ALONE, progress: Callable[[int, int], None] | None = None,
+) -> PrepareReport:  # fmt: skip
     """Encode records into the store `out`, or finish or extend (by a resolution, a text encoder) the one that is there.
 
     `info` holds the autoencoder, one text encoder, the caption rule and the source's description. Records must come in
@@ -112,17 +103,21 @@ def prepare(
             write_atomic(out / "store.json", layout.to_json(info))
     ranks.wait()
     try:
-        work = _Work(
-            out, info, encode_images, encode_text, text_name, batch_size, workers or os.cpu_count() or 4, max_rejected,
-            device, progress,
-        )  # fmt: skip
+        makers = _makers(info, text_name, encode_images, encode_text, device=device, at_once=batch_size)
+        work = _Work(out, info, makers, batch_size, workers or os.cpu_count() or 4, max_rejected, progress)
         parts, written = work.all(distinct(records), ranks)
         ranks.wait()
+        folders = (layout.part_folder(out, index) for index in range(parts))
+        found = [PartInfo.read(folder) for folder in folders if (folder / "part.json").exists()]  # other ranks may lag
+        rejects = [reject for part in found for reject in part.rejects]
         if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
             remove_leftovers(out)  # of other ranks that were lost
-            _write_rejects(out, [reject for part in _parts(out, parts) for reject in part.rejects])
+            _write_rejects(out, rejects)
             write_atomic(out / "store.json", layout.to_json(replace(info, parts=parts, complete=True)))
-        return _report(out, parts, written)
+        rejected = Counter(reject["reason"] for reject in rejects)
+        filtered = sum((Counter(part.filtered) for part in found), Counter[str]())
+        rows = sum(part.rows for part in found)
+        return PrepareReport(rows, parts, written, dict(rejected.most_common()), dict(filtered.most_common()))
     finally:
         with contextlib.suppress(OSError):
             out.rmdir()  # only when it is empty: nothing came of it
@@ -153,19 +148,35 @@ def _settle(out: Path, wanted: StoreInfo) -> tuple[StoreInfo, bool]:
     return replace(info, complete=False), info == old and old.complete
 
 
+def _makers(
+    info: StoreInfo, name: str, images: EncodeImages, texts: EncodeText, *, device: torch.device | str, at_once: int
+) -> dict[str, Maker]:
+    """The maker of each file of a part; `name` is the text encoder's."""
+    width, small = info.text_encoders[name].width, info.dtypes["text"] == "int8"
+
+    def latents(size: int, batch: Sequence[Sample]) -> Callable[[], Columns]:
+        both = encode.encode_pictures(batch, size, images, info, device=device)
+        return partial(encode.latent_columns, *both, batch, size, info)
+
+    def text(batch: Sequence[Sample]) -> Callable[[], Columns]:
+        states = list(encode.encode_captions(batch, texts, width=width, at_once=at_once))
+        return partial(encode.text_columns, states, batch, width=width, small=small)
+
+    makers: dict[str, Maker] = {layout.ROWS_FILE: lambda batch: partial(encode.row_columns, batch)}
+    makers |= {layout.latents_file(size): partial(latents, size) for size in info.resolutions}
+    return makers | {layout.text_file(name): text}
+
+
 @dataclass
 class _Work:
     """What the parts of one `prepare` share."""
 
     out: Path
     info: StoreInfo
-    encode_images: EncodeImages
-    encode_text: EncodeText
-    text_name: str
+    makers: dict[str, Maker]  # of each file
     batch_size: int
     workers: int
     max_rejected: float
-    device: torch.device | str
     progress: Callable[[int, int], None] | None
     records: int = 0
     rejects: list[dict[str, str]] = field(default_factory=list)
@@ -192,12 +203,12 @@ class _Work:
         Files are written and synced in a temporary folder and moved; part.json, the last, makes them count.
         """
         old = PartInfo.read(folder) if (folder / "part.json").exists() else None
-        files = [layout.ROWS_FILE, *map(layout.latents_file, self.info.resolutions), layout.text_file(self.text_name)]
-        missing = [file for file in files if old is None or file not in old.files]
-        if old is None and (others := self.info.text_encoders.keys() - {self.text_name}):
-            raise UserError(f"The store {self.out} is not finished: first prepare it with '{others.pop()}' again.")
+        missing = [file for file in self.makers if old is None or file not in old.files]
+        others = [name for name in self.info.text_encoders if layout.text_file(name) not in self.makers]
+        if old is None and others:
+            raise UserError(f"The store {self.out} is not finished: first prepare it with '{others[0]}' again.")
         known = set(layout.read_stream(folder / layout.ROWS_FILE)["key"].to_pylist()) if old and missing else set()
-        digest, first_reject = hashlib.blake2b(digest_size=16), len(self.rejects)
+        digest, before = hashlib.blake2b(digest_size=16), len(self.rejects)
         splits, filtered = Counter[str](), Counter[str]()
 
         def wanted() -> Iterator[Record]:
@@ -220,9 +231,8 @@ class _Work:
             if not missing:
                 return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
-            rejects = self.rejects[first_reject:]
             counts = dict(sorted(filtered.items()))
-            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, counts)
+            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, self.rejects[before:], counts)
             part = replace(old or new, files={**(old.files if old else {}), **hashes})
             if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
                 write_atomic(self.out / "store.json", layout.to_json(self.info))
@@ -264,54 +274,22 @@ class _Work:
         """Encode samples batch by batch; a thread waits for the device and writes while the next batch is encoded."""
         with contextlib.ExitStack() as stack:
             schemas = {file: layout.schema(file, self.info) for file in files}
-            streams = {
-                file: stack.enter_context(pa.ipc.new_stream(str(folder / file), schemas[file])) for file in files
-            }
+            streams = {file: stack.enter_context(pa.ipc.new_stream(folder / file, schemas[file])) for file in files}
 
-            def store(made: dict[str, Callable[[], Columns]]) -> None:
-                for file, columns in made.items():
+            def store(columns_of: dict[str, Callable[[], Columns]]) -> None:
+                for file, columns in columns_of.items():
                     table = pa.Table.from_pydict(columns(), schemas[file])
                     streams[file].write_table(table, max_chunksize=layout.ROWS_PER_BATCH)
 
             def calls() -> Iterator[Callable[[], None]]:
                 while batch := list(itertools.islice(samples, self.batch_size)):
                     splits.update(sample.record.split for sample in batch)
-                    yield partial(store, self._encode(batch, files))
+                    yield partial(store, {file: self.makers[file](batch) for file in files})
                     if self.progress:
                         self.progress(self.records, len(self.rejects))
 
             for _ in ahead(calls(), depth=1, name="write"):
                 pass
-
-    def _encode(self, batch: Sequence[Sample], files: Collection[str]) -> dict[str, Callable[[], Columns]]:
-        """Begin to encode; for each file, what makes its columns once the device is done."""
-        info, made = self.info, dict[str, Callable[[], Columns]]()
-        if layout.ROWS_FILE in files:
-            made[layout.ROWS_FILE] = partial(encode.row_columns, batch)
-        for size in info.resolutions:
-            if (name := layout.latents_file(size)) in files:
-                both = encode.encode_pictures(batch, size, self.encode_images, info, device=self.device)
-                made[name] = partial(encode.latent_columns, *both, batch, size, info)
-        if (name := layout.text_file(self.text_name)) in files:
-            width, small = info.text_encoders[self.text_name].width, info.dtypes["text"] == "int8"
-            text = encode.encode_captions(batch, self.encode_text, width=width, at_once=self.batch_size)
-            made[name] = partial(encode.text_columns, text, batch, width=width, small=small)
-        return made
-
-
-def _parts(store: Path, count: int) -> Iterator[PartInfo]:
-    """Those that are there: other ranks may still be at work."""
-    folders = (layout.part_folder(store, index) for index in range(count))
-    return (PartInfo.read(folder) for folder in folders if (folder / "part.json").exists())
-
-
-def _report(out: Path, parts: int, written: int) -> PrepareReport:
-    rejected, filtered, rows = Counter[str](), Counter[str](), 0
-    for part in _parts(out, parts):
-        rows += part.rows
-        rejected.update(reject["reason"] for reject in part.rejects)
-        filtered.update(part.filtered)
-    return PrepareReport(rows, parts, written, dict(rejected.most_common()), dict(filtered.most_common()))
 
 
 def _write_rejects(out: Path, rejects: Sequence[dict[str, str]]) -> Path:

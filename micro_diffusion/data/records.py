@@ -47,6 +47,9 @@ class Record:
     encoded: Encoded | None = None
 
 
+Records = Iterator[Record]
+
+
 class Rejected(Exception):
     """A record that cannot be used: `reason` is what rejects are counted by, `detail` what went wrong with this one."""
 
@@ -120,8 +123,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) / 257).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

@@ -28,24 +28,17 @@ from micro_diffusion.runtime.files import UserError
 
 SCHEMA_VERSION = 1
 ROWS_PER_BATCH = 256
-ROWS_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "captions": pa.list_(pa.string()),
-        "weights": pa.list_(pa.float32()),
-        "width": pa.int32(),
-        "height": pa.int32(),
-        "source": pa.string(),
-        "split": pa.string(),
-    }
-)
-LATENTS_SCHEMA = pa.schema({"latents": pa.list_(pa.float16()), "height": pa.int32(), "width": pa.int32()})
-DEVIATION = pa.field("deviation", pa.list_(pa.float16()))  # in a store that keeps posteriors; the latents are the means
+INTEGERS, HALVES = pa.list_(pa.int32()), pa.list_(pa.float16())
+ROWS_SCHEMA = pa.schema({
+    "key": pa.string(), "captions": pa.list_(pa.string()), "weights": pa.list_(pa.float32()),
+    "width": pa.int32(), "height": pa.int32(), "source": pa.string(), "split": pa.string(),
+})  # fmt: skip
+LATENTS_SCHEMA = pa.schema({"latents": HALVES, "height": pa.int32(), "width": pa.int32()})
+DEVIATION = pa.field("deviation", HALVES)  # in a store that keeps posteriors; the latents are the means
 TEXT_SCHEMAS = {
-    "float16": pa.schema({"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.float16())}),
-    "int8": pa.schema(
-        {"lengths": pa.list_(pa.int32()), "states": pa.list_(pa.int8()), "scales": pa.list_(pa.float16())}
-    ),  # state = integers * scale, one scale a token
+    "float16": pa.schema({"lengths": INTEGERS, "states": HALVES}),
+    # state = integers * scale, one scale a token
+    "int8": pa.schema({"lengths": INTEGERS, "states": pa.list_(pa.int8()), "scales": HALVES}),
 }
 ROWS_FILE = "rows.arrow"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-diffusion", "stores")
@@ -164,9 +157,7 @@ def read_stream(path: Path) -> pa.Table:
     try:
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); copy it again, or prepare the store into a new folder."
-        ) from error
+        raise UserError(f"{path} is damaged ({error}); copy it again, or prepare a new store.") from error
 
 
 def _forget_oldest(cache: Path, limit: int) -> None:

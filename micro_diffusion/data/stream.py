@@ -15,8 +15,8 @@ import torch
 from torch.nn.functional import pad
 
 from micro_diffusion.data import encode
-from micro_diffusion.data.encode import EncodeImages, EncodeText, Sample, to_half
-from micro_diffusion.data.loader import Batch, choose_caption
+from micro_diffusion.data.encode import EncodeImages, EncodeText, Sample, encode_captions, encode_pictures, to_half
+from micro_diffusion.data.loader import Batch, Reading, choose_caption, shares
 from micro_diffusion.data.records import Record, Rejected, distinct
 from micro_diffusion.data.store import StoreInfo
 from micro_diffusion.runtime.ahead import ahead
@@ -60,21 +60,16 @@ class Stream:
         samples = (encode.load(record, (), self.info) for record in self.read())
         return list(itertools.islice((found.texts[0] for found in samples if isinstance(found, Sample)), count))
 
-    def batches(
-        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1
-    ) -> Generator[Batch, None, None]:
+    def batches(self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Reading:
         """This rank's share of each global batch between two positions; every rank decodes all, encodes its own."""
-        if batch_size % world:
-            raise ValueError(f"a batch of {batch_size} does not divide among {world} ranks")
+        parts = shares(start, stop, batch_size, rank=rank, world=world)
         mark = self._seek(start, keep=rank == 0)
         aside = torch.cuda.Stream(self.device) if torch.device(self.device).type == "cuda" else None
         with contextlib.closing(self._samples(mark)) as samples:
             for _ in range(start - mark.position):
                 next(samples)
-            for position in range(start, stop, batch_size):
-                size = min(batch_size, stop - position)
+            for position, size, first, last in parts:
                 some, marks = zip(*itertools.islice(samples, size), strict=True)
-                first, last = size * rank // world, size * (rank + 1) // world
                 with torch.cuda.stream(aside) if aside else contextlib.nullcontext():  # beside the training step
                     batch = self._encode(some[first:last], position + first)
                 if rank == 0:
@@ -99,10 +94,10 @@ class Stream:
 
     def _samples(self, mark: Mark) -> Generator[tuple[Sample, Mark], None, None]:
         """Samples after a mark, pass after pass, decoded ahead in threads, each with the mark behind it."""
-        skip = mark.records
         self.left_out.clear()
         self.left_out.update(mark.left_out)
         for number in itertools.count(mark.passes):
+            skip = mark.records if number == mark.passes else 0
             records, used = itertools.islice(distinct(self.read()), skip, None), skip > 0
             calls = (partial(self._load, record) for record in records)
             for place, found in enumerate(ahead(calls, depth=2 * AT_ONCE, workers=self.workers, name="decode"), skip):
@@ -114,28 +109,23 @@ class Stream:
             if not used:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in self.left_out.most_common())
                 raise UserError(f"The source has no picture to train on (left out: {reasons or 'nothing'}).")
-            skip = 0
 
     def _load(self, record: Record) -> Sample | Rejected | None:
         return encode.load(record, (self.resolution,), self.info) if record.split == "train" else None
 
     def _encode(self, samples: Sequence[Sample], position: int) -> Batch:
         """Latents drawn from the posterior and one caption for each sample, as the loader draws them."""
-        positions, latents, text = torch.arange(position, position + len(samples)), [], []
-        draws = draw_uniform(self.seed, "caption", positions).tolist()
-        (settings,) = self.info.text_encoders.values()
+        positions, latents = torch.arange(position, position + len(samples)), []
+        draws = zip(samples, draw_uniform(self.seed, "caption", positions).tolist(), strict=True)
+        told = [each._replace(texts=[each.texts[choose_caption(each.weights, draw)]]) for each, draw in draws]
         for start in range(0, len(samples), AT_ONCE):
-            some = [
-                sample._replace(texts=[sample.texts[choose_caption(sample.weights, draw)]])
-                for sample, draw in zip(samples[start:][:AT_ONCE], draws[start:], strict=False)
-            ]
-            mean, deviation = encode.encode_pictures(
-                some, self.resolution, self.encode_images, self.info, device=self.device
-            )
+            some = told[start:][:AT_ONCE]
+            mean, deviation = encode_pictures(some, self.resolution, self.encode_images, self.info, device=self.device)
             noise = draw_normal(self.seed, "posterior", positions[start:][:AT_ONCE], tuple(mean.shape[1:]))
             latents.append(to_half(mean + deviation * noise.to(mean.device), "autoencoder"))
-            for states, mask in encode.encode_captions(some, self.encode_text, width=settings.width, at_once=AT_ONCE):
-                text.append((to_half(states, "text encoder"), mask.bool().cpu()))
+        (settings,) = self.info.text_encoders.values()
+        captions = encode_captions(told, self.encode_text, width=settings.width, at_once=AT_ONCE)
+        text = [(to_half(states, "text encoder"), mask.bool().cpu()) for states, mask in captions]
         length = self.text_length or max([1, *(int(mask.sum(1).max()) for _, mask in text)])
         mask = torch.cat([pad(mask, (0, length - mask.shape[1])) for _, mask in text])
         states = torch.cat([pad(states, (0, 0, 0, length - states.shape[1])) for states, _ in text])

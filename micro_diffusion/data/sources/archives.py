@@ -12,12 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock
-
-from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch, fetch_all
-from micro_diffusion.data.records import Caption, Filtered, Record, Rejected
+from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch, fetch_all, lock
+from micro_diffusion.data.records import Caption, Filtered, Record, Records, Rejected
 from micro_diffusion.data.sources.tables import CAPTION_COLUMNS, PICTURES, captions_of, rows_of
-from micro_diffusion.runtime.files import TEMPORARY_PREFIX
+from micro_diffusion.runtime.files import atomic_file
 
 Lookup = Callable[[str], tuple[Caption, ...]]  # captions by name, several for a picture or none
 
@@ -29,14 +27,12 @@ class Entry(NamedTuple):
     read: Callable[[], bytes]
 
 
-def webdataset_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Iterator[Record]:
+def webdataset_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """WebDataset tars, `a-{0000..2175}.tar`: `KEY.jpg` with `KEY.txt` beside it, or a caption in `KEY.json`."""
     return picture_records(fetch_all(expand(address, fraction), downloads), Path(address).parent.name)
 
 
-def archive_records(
-    address: str, *, table: str, downloads: Path = DOWNLOADS, fraction: float = 1.0
-) -> Iterator[Record]:
+def archive_records(address: str, *, table: str, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """Tars, tgz or zips of pictures with a table of their file names and captions."""
     lookup = caption_index(downloads, table, lambda: table_pairs(fetch(table, downloads)))
     return picture_records(fetch_all(expand(address, fraction), downloads), Path(address).parent.name, lookup)
@@ -44,7 +40,7 @@ def archive_records(
 
 def picture_records(
     archives: Iterable[Path], source: str, lookup: Lookup | None = None, *, absent: str = "not in the table"
-) -> Iterator[Record]:
+) -> Records:
     """Records of the archives' pictures; captions by file name from the lookup, or else from the entries beside them.
 
     What the lookup does not know is left out as `absent`. Where an archive is damaged, what came before is kept.
@@ -130,16 +126,13 @@ def _beside(files: Mapping[str, Entry]) -> tuple[Caption, ...]:
 def caption_index(downloads: Path, table: str, pairs: Callable[[], Iterable[tuple[str, str | bytes]]]) -> Lookup:
     """Captions by file name from an index on the disk, made of the pairs once: some tables are larger than memory."""
     file = downloads / "index" / f"{table.replace('/', '-').replace(':', '')}.sqlite"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    made = file.with_name(TEMPORARY_PREFIX + file.name)
-    with FileLock(f"{made}.lock"):  # several processes prepare
+    with lock(file):
         if not file.exists():
-            made.unlink(missing_ok=True)
-            with closing(sqlite3.connect(made)) as database, database:
+            with atomic_file(file) as made, closing(sqlite3.connect(made)) as database, database:
+                database.execute("DROP TABLE IF EXISTS captions")  # of a killed process
                 database.execute("CREATE TABLE captions (name, caption)")
                 database.executemany("INSERT INTO captions VALUES (?, ?)", pairs())
                 database.execute("CREATE INDEX names ON captions (name)")
-            made.replace(file)
     index = sqlite3.connect(file, check_same_thread=False)
     query = "SELECT caption FROM captions WHERE name = ? ORDER BY rowid"
     return lambda name: tuple(Caption(text) for (text,) in index.execute(query, (name,)))

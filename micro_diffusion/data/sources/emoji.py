@@ -3,7 +3,7 @@
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,8 @@ QUICKSTART = """
     panda, frog, octopus, butterfly, lady beetle, sunflower, cactus, Christmas tree, rocket, sailboat, locomotive,
     house, castle, soccer ball, guitar, crown, red heart, star, jack-o-lantern, robot, ghost
 """
-SUBSETS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
-    "quickstart": (
-        frozenset(" ".join(QUICKSTART.split()).split(", ")),
-        frozenset({"noto", "fluent-flat", "fluent-3d", "twemoji", "emojione"}),
-    ),
-}
+QUICKSTART_STYLES = frozenset({"noto", "fluent-flat", "fluent-3d", "twemoji", "emojione"})
+SUBSETS = {"quickstart": (frozenset(" ".join(QUICKSTART.split()).split(", ")), QUICKSTART_STYLES)}
 # What a mirror image would make wrong: sides, turns, writing.
 ONE_WAY = re.compile(
     r"\b(left|right|\w*clock\w*|button|input|keycap|arrow\w*|sign|mark|letter\w*|number\w*|calendar|hundred|ZZZ|SOS|"
@@ -50,18 +46,12 @@ def emoji_records(*, split: str | None = None, subset: str | None = None, augmen
         raise UserError(f"The subset {subset!r} is of the training split; leave out the split {split!r}.")
     if augment < 0:
         raise UserError(f"augment is a number of copies, not {augment}.")
-    concepts, styles = SUBSETS[subset] if subset else (frozenset[str](), frozenset[str]())
-    split = "train" if subset else split
-
-    def wanted(row: dict[str, Any]) -> bool:
-        return split in (None, row["split"]) and (not subset or (row["concept"] in concepts and row["style"] in styles))
-
-    return (
-        record
-        for row in emoji_table()
-        if wanted(row)
-        for record in _records(row, row["captions"][:1] if subset else row["captions"], augment)
-    )
+    rows = (row for row in emoji_table() if split in (None, row["split"]))
+    if subset:
+        concepts, styles = SUBSETS[subset]
+        some = (row for row in rows if row["concept"] in concepts and row["style"] in styles)
+        rows = (row | {"captions": row["captions"][:1]} for row in some if row["split"] == "train")
+    return (record for row in rows for record in _records(row, augment))
 
 
 def emoji_table() -> Iterator[dict[str, Any]]:
@@ -75,8 +65,8 @@ def emoji_table() -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def _records(row: dict[str, Any], texts: Sequence[str], copies: int) -> Iterator[Record]:
-    key, captions = f"{row['style']}/{row['concept']}", tuple(map(Caption, texts))
+def _records(row: dict[str, Any], copies: int) -> Iterator[Record]:
+    key, captions = f"{row['style']}/{row['concept']}", tuple(map(Caption, row["captions"]))
     yield Record(key, row["image"], captions, "emoji", row["split"])
     for copy in range(1, copies + 1 if row["split"] == "train" else 1):
         name = f"{key}/{copy}"
@@ -95,9 +85,7 @@ def _vary(image: bytes, name: str, *, mirror: bool) -> bytes:
     corner = [-edge * place * (1 - size) / size for place in (left, top)]  # in pixels of the picture
     # pixels outside the picture are white: the drawings stand on white
     inverse = (1 / size, 0.0, corner[0], 0.0, 1 / size, corner[1])
-    moved = picture.transform(
-        (edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor=(255, 255, 255)
-    )
+    made = picture.transform((edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor="white")
     buffer = io.BytesIO()
-    moved.save(buffer, "BMP")  # no time lost on compression
+    made.save(buffer, "BMP")  # no time lost on compression
     return buffer.getvalue()

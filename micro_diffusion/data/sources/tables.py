@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch_all
-from micro_diffusion.data.records import Caption, Record, hash_share
+from micro_diffusion.data.records import Caption, Record, Records, hash_share
 from micro_diffusion.runtime.files import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -21,7 +21,7 @@ Row = tuple[str | bytes, tuple[Caption, ...]]  # file name or content of a pictu
 Table = tuple[list[str], Iterable[dict[str, Any]]]  # names of the columns, rows
 
 
-def folder_records(address: Path | str, *, table: Path | str | None = None) -> Iterator[Record]:
+def folder_records(address: Path | str, *, table: Path | str | None = None) -> Records:
     """Records of the folder's pictures, subfolders included, sorted by name; or of the table's rows, in their order.
 
     A table has one column of file names relative to the folder (`file_name`, `image` or `path`) and one of captions
@@ -30,14 +30,12 @@ def folder_records(address: Path | str, *, table: Path | str | None = None) -> I
     folder = Path(address)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the folder that holds the pictures.")
-    rows = _beside(folder) if table is None else rows_of(Path(table))
-    return (row_record(row, f"{number:08}", folder=folder, source=folder.name) for number, row in enumerate(rows))
+    return _records(_beside(folder) if table is None else rows_of(Path(table)), folder)
 
 
 def _beside(folder: Path) -> Iterator[tuple[str, tuple[Caption, ...]]]:
-    names = sorted(
-        Path(parent, file).relative_to(folder).as_posix() for parent, _, fs in os.walk(folder) for file in fs
-    )
+    files = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
     kinds = Counter(Path(name).suffix.lower() or "without ending" for name in names)
     there = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
     pictures = [name for name in names if name.lower().endswith(PICTURES)]
@@ -49,16 +47,13 @@ def _beside(folder: Path) -> Iterator[tuple[str, tuple[Caption, ...]]]:
     return ((name, (Caption(text.read_bytes()),) if text.exists() else ()) for name, text in texts)
 
 
-def table_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Iterator[Record]:
+def table_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float = 1.0) -> Records:
     """Rows of CSV, JSONL or Parquet tables: pictures in a column, or their file names beside the table."""
     for table in fetch_all(expand(address, fraction), downloads):
-        for number, row in enumerate(rows_of(table)):
-            yield row_record(row, f"{table.stem}/{number:08}", folder=table.parent, source=table.parent.name)
+        yield from _records(rows_of(table), table.parent, f"{table.stem}/")
 
 
-def hub_records(
-    address: str, *, split: str = "train", revision: str | None = None, fraction: float = 1.0
-) -> Iterator[Record]:
+def hub_records(address: str, *, split: str = "train", revision: str | None = None, fraction: float = 1.0) -> Records:
     """A data set of the hub by its name, or a local folder that `datasets` can read: streamed, nothing is kept."""
     import datasets
 
@@ -83,12 +78,13 @@ def _read(address: str) -> bytes:
         return bytes(file.read())
 
 
-def row_record(row: Row, key: str, *, folder: Path, source: str) -> Record:
-    """A file's name becomes the key; a picture that is in the table itself gets the key that is given."""
-    image, captions = row
-    if isinstance(image, bytes):
-        return Record(key, image, captions, source)
-    return Record(image, folder / image, captions, source)
+def _records(rows: Iterable[Row], folder: Path, prefix: str = "") -> Records:
+    """A file's name becomes the key; a picture that is in the table itself gets its row's number."""
+    for number, (image, captions) in enumerate(rows):
+        if isinstance(image, bytes):
+            yield Record(f"{prefix}{number:08}", image, captions, folder.name)
+        else:
+            yield Record(image, folder / image, captions, folder.name)
 
 
 def rows_of(table: Path) -> Iterator[Row]:
@@ -104,13 +100,12 @@ def rows_of(table: Path) -> Iterator[Row]:
 
 def _columns(columns: list[str], table: str) -> tuple[str, str]:
     """The columns of pictures (or file names) and of captions."""
-    found = []
-    for wanted, what in ((IMAGE_COLUMNS, "pictures or file names"), (CAPTION_COLUMNS, "captions")):
-        found += [name for name in wanted if name in columns][:1]
-        if len(found) < 1 + (what == "captions"):
-            has = ", ".join(columns) or "none"
-            raise UserError(f"{table} has no column of {what} ({', '.join(wanted)}); its columns are {has}.")
-    return found[0], found[1]
+    image, caption = (next(filter(columns.__contains__, names), "") for names in (IMAGE_COLUMNS, CAPTION_COLUMNS))
+    if not image or not caption:
+        what, names = ("captions", CAPTION_COLUMNS) if image else ("pictures or file names", IMAGE_COLUMNS)
+        has = ", ".join(columns) or "none"
+        raise UserError(f"{table} has no column of {what} ({', '.join(names)}); its columns are {has}.")
+    return image, caption
 
 
 def _image(value: Any) -> str | bytes:
@@ -123,9 +118,8 @@ def _image(value: Any) -> str | bytes:
 def captions_of(value: Any) -> tuple[Caption, ...]:
     """One caption, a list of them, or none; as bytes, so that what is not UTF-8 is found out when they are cleaned."""
     values = [each for each in (value if isinstance(value, list | tuple) else [value]) if each is not None]
-    return tuple(
-        Caption(each if isinstance(each, bytes) else str(each).encode("utf-8", "surrogatepass")) for each in values
-    )
+    texts = (each if isinstance(each, bytes) else str(each).encode("utf-8", "surrogatepass") for each in values)
+    return tuple(map(Caption, texts))
 
 
 def _read_csv(table: Path) -> Table:
@@ -153,19 +147,17 @@ def _read_parquet(table: Path) -> Table:
         file = parquet.ParquetFile(table)
     except pa.ArrowInvalid as error:
         raise UserError(f"{table} is not a Parquet file: {error}.") from error
-    columns: list[str] = file.schema_arrow.names
-    wanted = [name for name in columns if name in IMAGE_COLUMNS + CAPTION_COLUMNS]
-    fields = [file.schema_arrow.field(name) for name in wanted]
-    strings = {field.name for field in fields if pa.types.is_string(field.type)}
+    wanted = [field for field in file.schema_arrow if field.name in IMAGE_COLUMNS + CAPTION_COLUMNS]
+    strings = {field.name for field in wanted if pa.types.is_string(field.type)}
     # as bytes: one string that is not UTF-8 must not end the reading
-    schema = pa.schema([field.with_type(pa.binary()) if field.name in strings else field for field in fields])
+    schema = pa.schema([field.with_type(pa.binary()) if field.name in strings else field for field in wanted])
 
     def rows() -> Iterator[dict[str, Any]]:
-        for batch in file.iter_batches(256, columns=wanted):
-            for row in batch.select(wanted).cast(schema).to_pylist():
+        for batch in file.iter_batches(256, columns=schema.names):
+            for row in batch.select(schema.names).cast(schema).to_pylist():
                 yield row | {name: os.fsdecode(row[name] or b"") for name in strings.intersection(IMAGE_COLUMNS)}
 
-    return columns, rows()
+    return file.schema_arrow.names, rows()
 
 
 READERS: dict[str, Callable[[Path], Table]] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
