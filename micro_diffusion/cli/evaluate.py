@@ -30,14 +30,16 @@ PAPER: dict[str, Any] = {"metrics": ("fid", "clip-score"), "limit": 30_000, "res
 
 
 def emoji(weights: Mapping[str, str], prompts: Path | None) -> "Benchmark":
-    from micro_diffusion.evaluation.emoji import EmojiBenchmark
+    from micro_diffusion.evaluation.emoji import EmojiBenchmark, load_network
 
+    load_network("judge")  # before anything is drawn
     return EmojiBenchmark()
 
 
 def scenes(weights: Mapping[str, str], prompts: Path | None) -> "Benchmark":
-    from micro_diffusion.evaluation.scenes import ScenesBenchmark
+    from micro_diffusion.evaluation.scenes import ScenesBenchmark, load_network
 
+    load_network("detector")
     return ScenesBenchmark()
 
 

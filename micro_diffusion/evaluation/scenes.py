@@ -28,14 +28,15 @@ class ScenesBenchmark:
 
     @cached_property
     def scenes(self) -> list[Scene]:
-        """A scene a prompt; any number of the first ones has the tasks in equal parts."""
+        """A scene a prompt, task by task: prompts taken evenly from them have the tasks in equal parts."""
         rows = (scenes(self.seed, task=task, wanted=lambda s: s.task == TASKS[0] or bool(s.held_out)) for task in TASKS)
-        return [scene for column in islice(zip(*rows, strict=True), self.per_task) for scene in column]
+        return [scene for row in rows for scene in islice(row, self.per_task)]
 
     def prompts(self) -> list[Prompt]:
         """The scenes' words; the truth is in the form of GenEval's metadata."""
         truths = [scene.truth | {"scene": index} for index, scene in enumerate(self.scenes)]
-        return [Prompt(t["prompt"], derive_seed(self.seed, "scene prompt", i), t) for i, t in enumerate(truths)]
+        seeds = [derive_seed(self.seed, f"prompt/{task}", index) for task in TASKS for index in range(self.per_task)]
+        return [Prompt(truth["prompt"], seed, truth) for truth, seed in zip(truths, seeds, strict=True)]
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """A scene that a prompt asks for, composed."""

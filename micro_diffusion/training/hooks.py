@@ -120,15 +120,17 @@ class TensorBoard(Hook):
     """Every number of the log, by images seen, and the pictures that `Samples` draws."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self._images = folder, 0
         self._writer: SummaryWriter | None = None
 
     def writer(self, images: int) -> "SummaryWriter":
-        """The writer; opened at the first use, which hides what an interrupted run wrote past `images`."""
-        if self._writer is None:
+        """The writer; opened anew where training goes back, which hides what was written past `images`."""
+        if self._writer is None or images < self._images:
             from torch.utils.tensorboard import SummaryWriter
 
+            self.close()
             self._writer = SummaryWriter(str(self.folder), purge_step=images)
+        self._images = images
         return self._writer
 
     def on_row(self, row: Row) -> None:

@@ -170,6 +170,17 @@ def test_tensorboard_has_numbers_and_pictures(recipe: Recipe, tmp_path: Path) ->
     assert "seconds" not in events.Tags()["scalars"]
 
 
+def test_tensorboard_hides_what_training_goes_back_over(recipe: Recipe, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    for images, loss in ((64, 1.0), (128, 9.0), (192, 9.0), (128, 0.5), (192, 0.25)):
+        board.on_row(ROW | {"images": images, "loss": loss})
+    board.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(64, 1.0), (128, 0.5), (192, 0.25)]
+
+
 def test_samples_are_drawn_at_their_interval(recipe: Recipe, tmp_path: Path) -> None:
     state = first_state(recipe, downscale=8, device=torch.device("cpu"))
     drawn, shown = [], []
