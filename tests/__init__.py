@@ -1,0 +1,1 @@
+"""Ours is found before the package of that name that torch-fidelity installs."""
