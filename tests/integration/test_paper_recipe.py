@@ -37,7 +37,8 @@ def shrunk(recipe: Recipe, *, autoencoder: Path, text_encoder: Path) -> Recipe:
         recipe, model=model, stages=tuple(map(stage, recipe.stages)), autoencoder=str(autoencoder),
         text_encoder=str(text_encoder), text_length=MAX_LENGTH, precision="float32", compile=False,
     )  # fmt: skip
-    return replace(small, **dict.fromkeys(INTERVALS, BATCH * 10) | {"sample_every": 0, "snapshot_every": 0})
+    off = {"sample_every": 0, "snapshot_every": 0, "evaluate_every": 0}
+    return replace(small, **dict.fromkeys(INTERVALS, BATCH * 10) | off)
 
 
 @pytest.mark.slow
