@@ -24,7 +24,7 @@ class Prompt(NamedTuple):
     truth: Mapping[str, Any] = {}  # what a benchmark needs to score it; JSON
 
 
-class PictureFolder(Sequence[Image.Image]):
+class PictureFolder:
     """RGB pictures, decoded when asked for: what `draw_prompts` wrote, in its order, or any folder's, sorted by name.
 
     Captions of any other folder are in NAME.txt beside NAME.png; `prompts` is None unless every picture has one.
@@ -52,6 +52,10 @@ class PictureFolder(Sequence[Image.Image]):
     def __getitem__(self, index: Any) -> Any:
         chosen = self.files[index]
         return [self._decode(file) for file in chosen] if isinstance(index, slice) else self._decode(chosen)
+
+    # no Sequence: where types are checked at run time, items of one are looked at, and here that decodes a picture
+    def __iter__(self) -> Iterator[Image.Image]:
+        return map(self._decode, self.files)
 
     def batches(self, size: int) -> Iterator[list[Image.Image]]:
         """The pictures in order, at most `size` at a time."""
