@@ -58,7 +58,7 @@ class Judge(nn.Module):
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),
         )  # fmt: skip
         self.concept = nn.Linear(128, len(concepts))
-        self.style = nn.Sequential(nn.Linear(128 + 48, 128), nn.SiLU(), nn.Linear(128, len(styles)))
+        self.style = nn.Sequential(nn.Linear(128 + 48, 64), nn.SiLU(), nn.Linear(64, len(styles)))
 
     def forward(self, pictures: Float[Tensor, "b 3 height width"]) -> Opinion:
         """Takes pictures in [0, 1] of any size."""

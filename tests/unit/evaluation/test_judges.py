@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from micro_diffusion.data.sources.emoji import emoji_table
+from micro_diffusion.data.sources.emoji_scenes import COLOURS, CONCEPTS
 from micro_diffusion.evaluation.judges import Detector, Judge, load_network, to_tensor
 from micro_diffusion.runtime.files import UserError
 
@@ -41,6 +43,15 @@ def test_saved_and_loaded_it_says_the_same(tmp_path):
     picture = torch.rand(1, 3, 64, 64)
     assert torch.equal(loaded(picture).concept, judge(picture).concept)
     assert not loaded(picture).concept.requires_grad
+
+
+def test_all_three_fit_into_four_megabytes(tmp_path):
+    rows = list(emoji_table())
+    concepts, styles = (list(dict.fromkeys(row[name] for row in rows)) for name in ("concept", "style"))
+    for name in ("judge", "second"):
+        save(tmp_path, name, Judge(concepts, styles))
+    save(tmp_path, "detector", Detector(CONCEPTS, ["own", *COLOURS]))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 4e6
 
 
 def test_a_network_that_is_not_there(tmp_path):
