@@ -1,7 +1,9 @@
 """The real run: `python -m benchmarks.emoji_run --out DIR` trains the recipe `emoji` on the whole embedded split.
 
-Prepares the store (each drawing with varied copies), trains the four stages, draws held-out pairs and a table of
-subjects by styles at several guidance scales, and leaves pictures, curves and results.json. Run again, it goes on.
+Prepares the stores (each drawing with varied copies, and scenes), trains the four stages, draws held-out pairs and a
+table of subjects by styles at several guidance scales, and leaves pictures, curves and results.json. With --seconds the
+stages are tried first, for a few steps each, and all made longer or shorter together, so that training takes about as
+long. Run again, it goes on.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.quality_data import Data, composed
 from benchmarks.step import machine
 from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.cli.quickstart import compare, scaled
@@ -50,13 +53,43 @@ def prepare_shard(out: Path, shard: int, args: argparse.Namespace) -> None:
     autoencoder, text_encoder = load_autoencoder(args.autoencoder, device=device), load_text_encoder(device=device)
     records = itertools.islice(emoji_records(augment=args.augment), args.limit)
     group = args.augment + 1
-    mine = (record for index, record in enumerate(records) if index // group % args.shards == shard)
-    prepare(
-        mine, out, resolutions=(64, 128), encode_images=autoencoder.encode, encode_text=text_encoder.encode,
-        info=SourceOptions().info("emoji", autoencoder, text_encoder),
-        batch_size=256, workers=4, device=device,
-    )  # fmt: skip
+    drawings = (record for index, record in enumerate(records) if index // group % args.shards == shard)
+    composed_here = composed(Data(0, args.scenes, None, args.shards), shard)
+    composed_here = (record for record in composed_here if record.split == "train")
+    for name, some in (("emoji", drawings), ("emoji-scenes", composed_here)):
+        if name == "emoji" or args.scenes:
+            prepare(
+                some, out / name, resolutions=(64, 128), encode_images=autoencoder.encode,
+                encode_text=text_encoder.encode, info=SourceOptions().info(name, autoencoder, text_encoder),
+                batch_size=256, workers=2, device=device,
+            )  # fmt: skip
     print(f"{out} is prepared", flush=True)
+
+
+def fitted(recipe: Recipe, stores: list[str], out: Path, args: argparse.Namespace) -> Recipe:
+    """The recipe, its stages all scaled alike so that they take args.seconds; the speeds are kept in probe.json."""
+    known = out / "probe.json"
+    if not known.exists():
+        stages = tuple(
+            replace(stage, images=60 * stage.batch_size, warmup_images=0, ema_start_images=0) for stage in recipe.stages
+        )
+        short = replace(
+            recipe, stages=stages, log_every=10 * stages[0].batch_size, sample_every=0, validate_every=0,
+            checkpoint_every=sum(stage.images for stage in stages),
+        )  # fmt: skip
+        context = multiprocessing.get_context("spawn")  # a process of its own: the run compiles anew, from the cache
+        trial = context.Process(
+            target=train_recipe, args=(short, stores, out / "probe"), kwargs={"device": args.device}
+        )
+        trial.start()
+        trial.join()
+        if trial.exitcode:
+            raise SystemExit(f"The trial of the stages ended with exit code {trial.exitcode}.")
+        known.write_text(json.dumps(speeds(out / "probe", short), indent=2) + "\n")
+    speed = json.loads(known.read_text())
+    whole = sum(stage.images / speed[stage.name] for stage in recipe.stages)
+    print(f"images/s by stage: {speed}; the recipe as it is would take {whole:.0f} s", flush=True)
+    return scaled(recipe, args.seconds / whole)
 
 
 def draw(model: LatentDiffusion, prompts: list[str], guidance: float) -> list[Image.Image]:
@@ -92,18 +125,23 @@ def main() -> None:
     parser.add_argument("--augment", type=int, default=15, help="varied copies of each drawing")
     parser.add_argument("--shards", type=int, default=1, help="processes that prepare, each a store of its own")
     parser.add_argument("--limit", type=int, help="only so many records, copies counted: a rehearsal")
-    parser.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
+    parser.add_argument("--scenes", type=int, default=60_000, help="composed scenes beside the drawings")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--length", type=float, default=1.0, help="times as long as the recipe")
+    length.add_argument("--seconds", type=float, help="of training, compilation not counted")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipe, as in micro-diffusion train")
     parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 1.5, 5.0])
     args = parser.parse_args()
-    recipe = override(scaled(RECIPES["emoji"](), args.length), args.set)
-    recipe = replace(recipe, autoencoder=args.autoencoder)
+    recipe = replace(override(RECIPES["emoji"](), args.set), autoencoder=args.autoencoder)
     run, started = args.out / "run", time.monotonic()
-    stores = [args.out / f"store-{shard}" for shard in range(args.shards)]
+    shards = [args.out / f"store-{shard}" for shard in range(args.shards)]
     with multiprocessing.get_context("spawn").Pool(args.shards) as pool:
-        pool.starmap(prepare_shard, [(store, shard, args) for shard, store in enumerate(stores)])
+        pool.starmap(prepare_shard, [(folder, shard, args) for shard, folder in enumerate(shards)])
     prepared = time.monotonic()
-    train_recipe(recipe, [str(store) for store in stores], run, device=args.device)
+    stores = [str(folder / name) for name in ("emoji", "emoji-scenes") for folder in shards if (folder / name).exists()]
+    recipe = fitted(recipe, stores, args.out, args) if args.seconds else scaled(recipe, args.length)
+    tried = time.monotonic()
+    train_recipe(recipe, stores, run, device=args.device)
     trained = time.monotonic()
 
     model = LatentDiffusion.from_checkpoint(str(run), device=pick_device(args.device))
@@ -115,7 +153,7 @@ def main() -> None:
         "machine": machine(model.device.type),
         "recipe": json.loads(recipe.to_json()),
         "parameters": parameters(recipe.model)._asdict(),
-        "seconds": {"prepare": prepared - started, "train": trained - prepared},
+        "seconds": {"prepare": prepared - started, "try": tried - prepared, "train": trained - tried},
         "images_per_second": speeds(run, recipe),
         "images": recipe.images,
         "sampling": f"{STEPS} Heun steps, seed {SEED}",

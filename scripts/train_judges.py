@@ -102,24 +102,28 @@ Batch = tuple[Tensor, Callable[[Any], Tensor]]  # pictures, and the loss of what
 
 
 def fit(network: nn.Module, batches: Iterable[Batch], args: argparse.Namespace) -> None:
-    """AdamW, a warm-up and a cosine; so many steps as make `args.images` pictures."""
+    """AdamW, a warm-up and a cosine; so many steps as make `args.images` pictures, or as `args.seconds` allow."""
     decay = [p for p in network.parameters() if p.ndim > 1]
     rest = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer, steps = torch.optim.AdamW(groups, betas=(0.9, 0.99)), args.images // args.batch
     started, shown = time.monotonic(), 0.0
     for step, (pictures, loss_of) in zip(range(steps), batches, strict=False):
+        done = max(step / steps, (time.monotonic() - started) / args.seconds)
+        if done >= 1:
+            break
         with torch.autocast(args.device, dtype=torch.bfloat16):
             said = network(pictures)
         loss = loss_of(said)
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = args.rate * min(1.0, (step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * done))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if time.monotonic() - started > shown + REPORT or step == steps - 1:
             shown = time.monotonic() - started
             print(f"{step + 1}/{steps} steps, {shown:.0f} s, loss {loss.item():.3f}", flush=True)
+    args.images = (step + 1) * args.batch
 
 
 def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("name", choices=("judge", "second", "detector"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--images", type=int, default=600_000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="train no longer")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--workers", type=int, default=1)

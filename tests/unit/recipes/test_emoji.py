@@ -24,4 +24,4 @@ def test_the_four_stages_of_the_paper(name: str) -> None:
 def test_most_images_of_the_long_recipe_are_masked() -> None:
     recipe = RECIPES["emoji"]()
     masked = sum(stage.images for stage in recipe.stages if stage.mask_ratio)
-    assert masked / recipe.images == pytest.approx(0.75)
+    assert 0.8 < masked / recipe.images < 0.9
