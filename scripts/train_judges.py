@@ -93,7 +93,7 @@ def rebuilt(pictures: Tensor, share: float) -> Tensor:
     """A share of all batches as the embedded autoencoder gives them back, as it does a generator's pictures."""
     if torch.rand(()) >= share:
         return pictures
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(pictures.device.type, torch.bfloat16, enabled=pictures.is_cuda):
         autoencoder = cached_autoencoder(device=pictures.device)
         return autoencoder.decode(autoencoder.encode(pictures * 2 - 1)[0]).float()
 
@@ -137,7 +137,7 @@ def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:
 
             def loss_of(said: Opinion, rows: Tensor = rows) -> Tensor:
                 loss = F.cross_entropy(said.concept.float(), concept[rows], label_smoothing=0.1)
-                return loss + F.cross_entropy(said.style.float(), style[rows], label_smoothing=0.05)
+                return loss + 2 * F.cross_entropy(said.style.float(), style[rows], label_smoothing=0.05)
 
             yield rebuilt(vary(pictures[rows], mirror[rows], Judge.SIZE), args.rebuilt), loss_of
 

@@ -49,7 +49,7 @@ class PlainAutocast(nn.Module):
     def encode_text(self, states: Tensor, mask: Tensor) -> Tensor:
         return states
 
-    def forward(self, x: Tensor, label: Tensor, states: Tensor, mask_ratio: float, mask_noise: None) -> Prediction:
+    def forward(self, x: Tensor, label: Tensor, states: Tensor, **unmasked: object) -> Prediction:
         with torch.autocast("cuda", torch.bfloat16):
             return self.dit(x, label, states)
 

@@ -97,7 +97,7 @@ def test_bf16_is_near(dit: DiT, mask_ratio: float) -> None:
 
 
 # Inductor would have us use TF32, and tells when a kernel does without its online softmax.
-@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:.*[Oo]nline softmax")
+@pytest.mark.filterwarnings("ignore:TensorFloat32", r"ignore:\s*[Oo]nline softmax")
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_compiled_in_one_graph(dit: DiT, mask_ratio: float, one_hot: bool) -> None:

@@ -41,7 +41,7 @@ def main(folder: Path, moment: str, images: int) -> None:
         save_file(state.shown.state_dict(), path / "model.safetensors")
 
     make_deterministic()
-    made = replace(recipe(), precision="bf16", compile=True)
+    made = replace(recipe(), precision="bf16", compile=True, text_length=3)
     train(
         made, run=folder, loaders={64: Rows(8), 128: Rows(16)}, downscale=8, device=torch.device("cuda"),
         release=release, hooks=[Kill(moment, images)],
