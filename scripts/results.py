@@ -199,10 +199,57 @@ SCORES = ("concept top-1, held-out pairs", "concept top-5, held-out pairs", "sty
           "concept top-1, held-out concepts", "both, seen pairs", "overall")  # fmt: skip
 
 
+def parallel(data: Any) -> list[list[Row]]:
+    """Images a second, memory and the cost of a checkpoint, by way of spreading the model."""
+    return [[
+        {"case": case, "GPUs": str(row.get("ranks", "")), "images/s": measured(row.get("images_per_second")),
+         "of as many single ones": f"{row['efficiency_against_single']:.1%}" if row.get("ranks", 1) > 1 else "",
+         "micro-batch": str(row.get("micro_batch", "")),
+         "peak memory": measured(max(row.get("peak_gb", [0])) or None, " GB"),
+         "guarded step (plain)": f"{row['guarded_step_ms']:.1f} ({row['plain_step_ms']:.1f}) ms"
+         if "guarded_step_ms" in row else "",
+         "checkpoint": measured(row.get("checkpoint_gb"), " GB"),
+         "training loses": measured(row.get("training_lost_seconds"), " s"),
+         "at one in 10 minutes": measured(row.get("percent_at_one_in_600_s"), " %"),
+         "weights and moments after loading, largest relative difference":
+             measured(row.get("largest_relative_difference"))}
+        for case, row in data["cases"].items()
+    ]]  # fmt: skip
+
+
+def encode(data: Any) -> list[list[Row]]:
+    waits = {kind: f"{data[f'wait_share_{kind}']:.2%}" for kind in ("float16", "int8")}
+    speed = {"256 and 512 px in one pass, images/s": number(data["encode_images_per_second"])}
+    return [[speed | {f"waiting at 1,500 images/s, {kind}": told for kind, told in waits.items()}]]
+
+
+def features(data: Any) -> list[list[Row]]:
+    return [[
+        {"pictures": str(data["pictures"]), "seconds for 1,000, decoding included":
+             number(data["seconds_per_1000_pictures"]), "Frechet distance": f"{data['frechet_seconds']:.1f} s",
+         "peak memory": f"{data['peak_MB'] / 1000:.1f} GB"}
+    ]]  # fmt: skip
+
+
+def judges(data: Any) -> list[list[Row]]:
+    """Shares right of both judges on all splits, and of the detector by task."""
+    measures = {"concept_top1": "concept top-1", "concept_top5": "top-5", "style": "style"}
+    shares = [
+        {"network": name, "pictures seen": f"{data[name]['images']:,}", "drawings": split.replace("_", " ")}
+        | {told: f"{data[name][split][key]:.1%}" for key, told in measures.items()}
+        for name in ("judge", "second")
+        for split in ("train", "held_out_pair", "held_out_concept")
+    ]
+    tasks = {
+        key.replace("_", " "): f"{value:.1%}" for key, value in data["detector"].items() if isinstance(value, float)
+    }
+    return [shares, [{"network": "detector", "pictures seen": f"{data['detector']['images']:,}"} | tasks]]
+
+
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
-    "quality": quality,
+    "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 

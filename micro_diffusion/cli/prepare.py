@@ -123,6 +123,8 @@ class Prepare(SourceOptions):
     max_rejected: float = 0.05
     """Stop when a larger share of the records is damaged."""
     autoencoder: AutoencoderName = "embedded"
+    precision: Literal["float32", "bf16"] = "float32"
+    """Of the autoencoder: bf16 is up to twice as fast on a GPU."""
     text_encoder: str = "embedded"
     """embedded, a folder in transformers format, or a name on the hub."""
     device: Device = "auto"
@@ -159,13 +161,16 @@ class Prepare(SourceOptions):
 
     def work(self, ranks: "Ranks") -> "PrepareReport":
         """Load the encoders and make the parts of this rank."""
+        import torch
+
         from micro_diffusion.data.prepare import prepare
         from micro_diffusion.models.autoencoders import load_autoencoder
         from micro_diffusion.models.text_encoders import load_text_encoder
         from micro_diffusion.runtime.device import pick_device
 
         records, device = self.records(), pick_device(self.device)
-        autoencoder = load_autoencoder(self.autoencoder, device=device)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        autoencoder = load_autoencoder(self.autoencoder, device=device, dtype=dtype)
         text_encoder = load_text_encoder(self.text_encoder, device=device)
         info = self.info(self.source, autoencoder, text_encoder)
         info = replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype})

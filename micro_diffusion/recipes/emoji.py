@@ -44,7 +44,7 @@ def emoji() -> Recipe:
     """
     batch = 2048
     first = Stage(
-        name="64 px masked", resolution=64, images=batch * 1000, batch_size=batch, mask_ratio=0.75,
+        name="64 px masked", resolution=64, images=batch * 900, batch_size=batch, mask_ratio=0.75,
         learning_rate=1.2e-3, warmup_images=batch * 200, start="scratch",
     )  # fmt: skip
     second = replace(first, name="64 px", images=batch * 200, mask_ratio=0.0, warmup_images=0, start="all_but_schedule")

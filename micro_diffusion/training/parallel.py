@@ -122,7 +122,8 @@ class Parallel:
         _synchronise(network, False)
         try:
             reserve += [torch.empty_like(each) for each in network.parameters() if stage.ema_halflife_images]
-            backward(part)
+            for _ in range(min(2, stage.batch_size // self.world.size // len(part.latents))):
+                backward(part)  # once more where gradients are added up: the second needs room beside them
             fits = True
         except torch.OutOfMemoryError:
             fits = False

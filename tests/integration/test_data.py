@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 import pytest
 from integration.command_line import ROOT, make_autoencoder, make_pictures, run
 from integration.test_prepare_kill import snapshot
+
+from micro_diffusion.data.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,20 @@ def test_inspect_and_verify(pictures: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "part-00001" / "latents-64.arrow").write_bytes(b"x")
     printed = run("data", "verify", tmp_path / "store", code=2)
     assert "part-00001/latents-64.arrow is missing, or is not the file that was written" in printed
+
+
+def test_bf16_latents_are_nearly_the_same(pictures: Path, tmp_path: Path) -> None:
+    run(*arguments(pictures, tmp_path / "exact"))
+    run(*arguments(pictures, tmp_path / "bf16"), "--precision", "bf16")
+    exact, fast = (
+        np.concatenate([
+            pc.list_flatten(store.latents(64, part)["latents"]).to_numpy().astype(np.float32)
+            for part in range(len(store.parts))
+        ])
+        for store in map(Store.open, (tmp_path / "exact", tmp_path / "bf16"))
+    )  # fmt: skip
+    error = np.sqrt(np.mean((exact - fast) ** 2)) / exact.std()
+    assert 1e-4 < error < 0.03
 
 
 @pytest.mark.slow

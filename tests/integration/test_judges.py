@@ -89,7 +89,7 @@ def test_true_pictures_score_at_the_ceiling_and_lie_at_no_distance(tmp_path):
         if ", true pictures" in name:
             assert scores.numbers[name.replace(", true pictures", "")] == value
     assert scores.numbers["concept top-5, held-out pairs"] > 0.95
-    assert abs(scores.numbers["Frechet distance, held-out"]) < 1e-6
+    assert abs(scores.numbers["Frechet distance, held-out"]) < 1e-4
     assert scores.numbers["memorisation: held-out pairs nearer to a training drawing"] == 0
     assert scores.numbers["memorisation: distance to the nearest, relative to true pictures"] == pytest.approx(1)
     assert len(scores.each["sure"]) == len(scores.notes) == len(prompts)
