@@ -55,7 +55,6 @@ def errors(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> list[float]:
     ]
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32", "ignore:.*[Oo]nline softmax")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("compiled", [False, True])
 def test_as_near_to_float64_as_the_plain_twin(name: str, compiled: bool) -> None:

@@ -96,8 +96,6 @@ def test_bf16_is_near(dit: DiT, mask_ratio: float) -> None:
     assert_close(found, wanted, tolerance=0.05)
 
 
-# Inductor would have us use TF32, and tells when a kernel does without its online softmax.
-@pytest.mark.filterwarnings("ignore:TensorFloat32", r"ignore:\s*[Oo]nline softmax")
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.75])
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_compiled_in_one_graph(dit: DiT, mask_ratio: float, one_hot: bool) -> None:
