@@ -68,7 +68,7 @@ class EmojiBenchmark:
         hashes = " and ".join(sha256(FOLDER / f"{name}.safetensors")[:12] for name in ("judge", "second"))
         protocol = f"{len(truths)} prompts, judged by the embedded networks (sha256 {hashes}) at {Judge.SIZE} px"
         sure = sureness(judge, drawn, truths, "concept") + sureness(judge, drawn, truths, "style")
-        return Scores(protocol, numbers, {"sure": sure.tolist()}, notes=seen_as(judge, drawn))
+        return Scores(protocol, numbers, {"sure": sure.tolist()}, notes=seen_as(judge, drawn), true=true)
 
     def distances(self, judge: Judge, drawn: Opinion, real: Opinion, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Frechet and kernel distance over held-out prompts, spread over seeds, and nearest drawings of training."""

@@ -91,6 +91,7 @@ class Scores:
     each: Mapping[str, Sequence[float]] = field(default_factory=dict)  # by picture, higher is better
     warnings: Sequence[str] = ()  # why a number is not comparable
     notes: Sequence[str] = ()  # by picture, for the report
+    true: Sequence[Image.Image] = ()  # by picture, to stand beside it in the report
 
 
 class Benchmark(Protocol):

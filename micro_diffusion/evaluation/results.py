@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,7 +12,17 @@ from micro_diffusion.evaluation.generate import GENERATION
 from micro_diffusion.evaluation.pictures import PictureFolder, Scores
 from micro_diffusion.runtime.files import UserError, write_atomic
 from micro_diffusion.runtime.parse import read_json
-from micro_diffusion.runtime.report import curve_svg, facts, figure, grid, html_page, paragraph, table, table_grid
+from micro_diffusion.runtime.report import (
+    curve_svg,
+    facts,
+    figure,
+    grid,
+    html_page,
+    pairs_grid,
+    paragraph,
+    table,
+    table_grid,
+)
 
 RESULTS, REPORT, COMPARISON = "results.json", "report.html", "compare.html"
 SHOWN = 6  # pictures in a row
@@ -37,7 +47,9 @@ def write_report(out: Path, points: Mapping[str, Point]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     results, sections, first = {}, {}, next(iter(points.values()))
     for label, point in points.items():
-        scores = {name: asdict(scores) for name, scores in point.scores.items()}
+        scores = {name: asdict(replace(scores, true=())) for name, scores in point.scores.items()}
+        for told in scores.values():
+            del told["true"]  # pictures
         results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
     for name in first.scores:
         scored = [point.scores[name] for point in points.values()]
@@ -75,6 +87,7 @@ def _examples(point: Point) -> str:
     pictures, count, scores = point.pictures, len(point.pictures), point.scores.values()
     texts = [prompt.text for prompt in pictures.prompts] if pictures.prompts else [""] * count
     notes = next((each.notes for each in scores if each.notes), [""] * count)
+    true = next((each.true for each in scores if each.true), None)
     name, values = next((pair for each in scores for pair in each.each.items()), ("", None))
     groups, shown = {"Some of all": _spread(range(count))}, min(SHOWN, math.ceil(count / 3))
     if values is not None:
@@ -84,8 +97,11 @@ def _examples(point: Point) -> str:
     body = ""
     for title, chosen in groups.items():
         said = [f"{texts[i]} {f'({values[i]:.3g})' if values else ''} {notes[i]}" for i in chosen]
-        drawn = grid([pictures[i] for i in chosen], said, columns=SHOWN)
-        body += figure(drawn, alt=f"Pictures with their prompts: {title}", caption=title)
+        drawn = [pictures[i] for i in chosen]
+        sheet = (
+            pairs_grid(drawn, [true[i] for i in chosen], said, columns=3) if true else grid(drawn, said, columns=SHOWN)
+        )
+        body += figure(sheet, alt=f"Pictures with their prompts: {title}", caption=title)
     return body
 
 

@@ -55,7 +55,8 @@ class ScenesBenchmark:
         network = f"embedded detector (sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px"
         asked = f"{len(truths)} prompts, compositions held out but for single objects, a picture each"
         each = {"right": [float(one.correct) for one in drawn]}
-        return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=[one.reason for one in drawn])
+        notes = [one.reason for one in drawn]
+        return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=notes, true=true)
 
 
 @torch.no_grad()

@@ -34,9 +34,8 @@ class Brightness:
         assert pictures.prompts is not None and all(prompt.truth == {"bright": True} for prompt in pictures.prompts)
         each = [float(np.asarray(picture).mean()) for picture in pictures]
         notes = [f"mean {value:.0f}" for value in each]
-        return Scores(
-            "Mean of all pixels.", {"brightness": sum(each) / len(each)}, {"brightness": each}, ["few"], notes
-        )
+        numbers, white = {"brightness": sum(each) / len(each)}, [Image.new("RGB", (16, 16), "white")] * len(each)
+        return Scores("Mean of all pixels.", numbers, {"brightness": each}, ["few"], notes, true=white)
 
 
 class Lacking(Brightness):
@@ -104,6 +103,7 @@ def test_a_benchmark_with_its_report(model: Path, tmp_path: Path, capsys: pytest
     assert "guidance 3, brightness (Mean of all pixels.):" in shown.out
     assert f"  {scores['numbers']['brightness']:<10.4g} brightness" in shown.out
     assert "not comparable: few" in shown.err
+    assert "true" not in scores
     page = (tmp_path / "o" / "report.html").read_text()
     for words in ("Mean of all pixels.", "Not comparable: few", "Best by brightness", "Median by", "Worst by"):
         assert words in page
