@@ -111,6 +111,7 @@ def fit(network: nn.Module, batches: Iterable[Batch], args: argparse.Namespace) 
     for step, (pictures, loss_of) in zip(range(steps), batches, strict=False):
         done = max(step / steps, (time.monotonic() - started) / args.seconds)
         if done >= 1:
+            args.images = step * args.batch
             break
         with torch.autocast(args.device, dtype=torch.bfloat16):
             said = network(pictures)
@@ -123,7 +124,6 @@ def fit(network: nn.Module, batches: Iterable[Batch], args: argparse.Namespace) 
         if time.monotonic() - started > shown + REPORT or step == steps - 1:
             shown = time.monotonic() - started
             print(f"{step + 1}/{steps} steps, {shown:.0f} s, loss {loss.item():.3f}", flush=True)
-    args.images = (step + 1) * args.batch
 
 
 def make_judge(args: argparse.Namespace, *, split: str | None) -> Judge:

@@ -38,8 +38,8 @@ def quickstart() -> Recipe:
 def emoji() -> Recipe:
     """The whole training split on one GPU, alone or mixed with scenes.
 
-    Nearly all images are seen with three quarters of the patches masked, as in the paper; the last stage is short,
-    since a longer one overfitted (docs/results.md).
+    Most images are seen with three quarters of the patches masked, as in the paper; the last stage is short, since a
+    longer one overfitted (docs/results.md).
     Command: micro-diffusion train emoji --store STORE --run RUN
     """
     batch = 2048

@@ -105,6 +105,13 @@ def start(folder: Path, moment: str = "never", images: int = 0) -> int:
     return subprocess.run(command, check=False, env=environment).returncode
 
 
+def same_models(undisturbed: Path, killed: Path) -> None:
+    for model in ("model-stage-1", "model"):
+        expected, found = (load_file(run / model / "model.safetensors") for run in (undisturbed, killed))
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
 @pytest.mark.slow
 def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
@@ -112,10 +119,7 @@ def test_kill_and_resume_is_bit_identical(tmp_path: Path) -> None:
     for moment, images in (("step", 8), ("step", 28), ("save", 48), ("step", 64), ("step", 100), ("save", 120)):
         assert start(killed, moment, images) == -signal.SIGKILL
     assert start(killed) == 0
-    for model in ("model-stage-1", "model"):
-        expected, found = (load_file(run / model / "model.safetensors") for run in (undisturbed, killed))
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    same_models(undisturbed, killed)
     losses = [[(row["images"], row["loss"]) for row in read_log(run / "log.jsonl")] for run in (undisturbed, killed)]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 30
