@@ -11,6 +11,7 @@ compares sums over weights and moments, and the loss of the same next batch.
 """
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -24,12 +25,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.distributed import World, join
@@ -67,14 +71,18 @@ class Run:
         self.state = state or first_state(
             self.recipe, downscale=DOWNSCALE, device=self.device, shard=self.parallel.shard
         )
-        self.network = self.parallel.network(self.state.dit)
-        self.backward = partial(
-            add_gradient, self.network, self.recipe.make_objective(self.stage), self.recipe,
-            self.stage.mask_ratio, self.stage.batch_size // self.world.size,
-        )  # fmt: skip
+        self.use(self.parallel.network(self.state.dit))
         self.examples = self.batch(0)
         self.micro = self.parallel.micro_batch(self.stage)
         return self.state
+
+    def use(self, network: DiT) -> None:
+        """Train through this form of the model from now on."""
+        self.network = network
+        self.backward = partial(
+            add_gradient, network, self.recipe.make_objective(self.stage), self.recipe,
+            self.stage.mask_ratio, self.stage.batch_size // self.world.size,
+        )  # fmt: skip
 
     def batch(self, seed: int) -> Examples:
         """This rank's share of a random batch: a slice of the same one for any number of ranks."""
@@ -200,6 +208,31 @@ def resumed(run: Run, folder: Path) -> dict[str, Any]:
     return {"resumed_from": folder.name, "largest_relative_difference": worst, "resumed_loss": loss}
 
 
+def ddp_variants(run: Run, steps: int) -> dict[str, float]:
+    """Images a second of the same step by DDP's settings, and without its all-reduce: what that costs in all."""
+    found = {}
+    settings = {"25 MB": (25, False), "200 MB": (200, False), "25 MB, bf16": (25, True), "200 MB, bf16": (200, True)}
+    for name, (megabytes, half) in settings.items():
+        run.use(run.state.dit)  # the old wrapper goes, and with it its hooks
+        gc.collect()
+        where = [run.device] if run.device.type == "cuda" else None
+        wrapped = DistributedDataParallel(
+            run.state.dit, where, gradient_as_bucket_view=True, bucket_cap_mb=megabytes
+        )  # fmt: skip
+        wrapped.config = run.state.dit.config  # type: ignore[assignment]
+        if half:
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        run.use(cast(DiT, wrapped))
+        del wrapped
+        run.seconds(2)
+        found[name] = run.stage.batch_size / statistics.median(run.seconds(steps))
+    run.use(run.state.dit)
+    gc.collect()
+    run.seconds(1)
+    found["no all-reduce"] = run.stage.batch_size / statistics.median(run.seconds(steps))
+    return found
+
+
 def guard_cost(run: Run, times: int = 20) -> dict[str, float]:
     """Milliseconds of the guarded step, and of the same AdamW without clipping or guard."""
 
@@ -249,7 +282,9 @@ def work(args: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
     if case == "single":
         yield row | guard_cost(run)
     if case == "ddp":
-        yield row | saved(run, folder / "ddp")
+        row |= saved(run, folder / "ddp")
+        yield row
+        yield row | {"variants": ddp_variants(run, args.steps)}
     if case == "fsdp":
         row |= resumed(run, folder / "ddp")
         yield row

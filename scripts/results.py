@@ -248,6 +248,7 @@ def judges(data: Any) -> list[list[Row]]:
 
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
+    "text_keys": twins,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
 }  # fmt: skip

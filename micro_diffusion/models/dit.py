@@ -45,6 +45,7 @@ class DiTConfig:
     expert_capacity: float = 2.0
     experts_every_n: int = 2
     text_mask: Literal["none", "padding"] = "none"
+    float32_residual: bool = False  # under bf16 autocast too; else as the map before the blocks gives it: bf16
 
     def __post_init__(self) -> None:
         for field in ("qkv_multipliers", "ffn_multipliers"):
@@ -186,7 +187,7 @@ class DiT(nn.Module):
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
         cond = self.t_embedder(noise_label) + encoded.pooled
 
-        stream = Stream(self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed))
+        stream = self.stream(self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed))
         for block in self.patch_mixer:
             stream = block(stream, encoded.mixer_tokens, cond, encoded.mask)
         patches = stream.settled()
@@ -197,7 +198,7 @@ class DiT(nn.Module):
             mask = random_patch_mask(noise, mask_ratio)
             patches = gather_patches(patches, mask.kept)
 
-        stream = Stream(self.patch_mixer_map_xout(patches))
+        stream = self.stream(self.patch_mixer_map_xout(patches))
         for block in self.blocks:
             stream = block(stream, encoded.tokens, cond, encoded.mask)
         pixels = self.final_layer(stream.settled(), cond)
@@ -206,6 +207,10 @@ class DiT(nn.Module):
             return Prediction(self.unpatchify(pixels))
         pixels = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
         return Prediction(self.unpatchify(pixels), mask.dropped)
+
+    def stream(self, x: Float[Tensor, "b t d"]) -> Stream:
+        """The residual stream begins."""
+        return Stream(x.float() if self.config.float32_residual else x)
 
     def unpatchify(self, pixels: Float[Tensor, "b t p"]) -> Float[Tensor, "b c h w"]:
         """Put patches, each ordered row, column, channel, together to latents."""

@@ -82,6 +82,7 @@ class Parallel:
         if self.compile:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
         if self.mode == "ddp":
             where = [self.device] if self.device.type == "cuda" else None
             wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True)

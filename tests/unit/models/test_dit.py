@@ -264,3 +264,20 @@ def test_resized() -> None:
     assert large(*inputs(large)).sample.shape == (3, CHANNELS, 16, 24)
     back = resized(large, (8, 12), 1.0)
     assert torch.equal(back(*inputs(dit)).sample, dit(*inputs(dit)).sample)
+
+
+@pytest.mark.parametrize(("kept", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_residual_stream_under_autocast(kept: bool, dtype: torch.dtype) -> None:
+    dit, seen = make(float32_residual=kept), set[torch.dtype]()
+    for block in (*dit.patch_mixer, *dit.blocks):
+        block.register_forward_hook(lambda _, __, stream: seen.add(stream.x.dtype))
+    x, label, text = inputs(dit)
+    with torch.autocast("cpu", torch.bfloat16):
+        dit(x, label, text)
+    assert seen == {dtype}
+
+
+def test_residual_stream_in_float32_changes_nothing_in_float32() -> None:
+    one, other = make(), make(float32_residual=True)
+    x, label, text = inputs(one)
+    assert torch.equal(one(x, label, text).sample, other(x, label, text).sample)
