@@ -6,10 +6,20 @@ the same run. Each case has a process of its own, so that peak memory is its own
 steps are profiled: launches, and milliseconds by kind of kernel (benchmarks/breakdown.py). On a CPU the default is a
 smaller model, whose ratios are of interest and not its seconds.
 
+On a GPU steps are timed as training runs them, one after the other without a wait: an event before the first and after
+each, and a step takes what lies between two neighbours. `synchronised_step_seconds` is the median of five with a wait
+before and after each, as all steps were timed before; the GPU then idles while the host starts the next. On a CPU the
+clock is read before and after each.
+
     python -m benchmarks.step --out step.json --stages 256:0.75 256:0 --paths fast one-hot
+    python -m benchmarks.step --out step.json --inductor coordinate_descent_tuning=True --repeat 2
+
+`--inductor` compiles with other values of entries of torch._inductor.config. With `--repeat 2` the second process finds
+the first's compilations in the cache: `first_three_steps_each` has both, everything else is the last one's.
 """
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import itertools
@@ -22,12 +32,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor
 
 from benchmarks.breakdown import breakdown
@@ -47,6 +58,7 @@ TEXT_LENGTH, TEXT_WIDTH = 77, 1024
 # patches. Where it does not fit it is halved.
 MICRO_BATCH = {0.0: 64, 0.5: 128, 0.75: 256, 0.875: 256}
 PIXELS = 8  # to a latent
+SYNCHRONISED = 5  # steps that are timed with a wait
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Case:
     device: str
     compile: bool
     profiled_steps: int
+    inductor: dict[str, Any] = field(default_factory=dict)
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -80,21 +93,9 @@ def _measure(case: Case) -> dict[str, Any]:
         text_mask="none",
     )  # fmt: skip
     step = make_step(case, config, device)
-
-    def wait() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    started = wait()
-    for _ in range(3):
-        step()
-    warm = wait() - started
-    seconds = []
-    for _ in range(case.steps):
-        before = wait()
-        step()
-        seconds.append(wait() - before)
+    first = sum(waited(step, 3, gpu=gpu))
+    seconds = streamed(step, case.steps) if gpu else waited(step, case.steps, gpu=gpu)
+    synchronised = statistics.median(waited(step, SYNCHRONISED, gpu=gpu)) if gpu else None
     memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     images = case.batch_size / statistics.median(seconds)
     flops = images * 3 * forward_flops(config, mask_ratio=case.mask_ratio, text_length=TEXT_LENGTH)
@@ -104,10 +105,38 @@ def _measure(case: Case) -> dict[str, Any]:
         "tflops_per_second": flops / 1e12,
         "utilisation": flops / peak.peak_flops("bf16") if peak else None,
         "step_seconds": [round(value, 5) for value in seconds],
-        "first_three_steps_seconds": round(warm, 1),
+        "synchronised_step_seconds": synchronised and round(synchronised, 5),
+        "first_three_steps_seconds": round(first, 1),
         "peak_memory_gb": memory / 1e9,
         "profile": breakdown(step, steps=case.profiled_steps, gpu=gpu) if case.profiled_steps else None,
     }
+
+
+def streamed(step: Callable[[], object], steps: int) -> list[float]:
+    """Seconds of each step on the GPU, the host running ahead."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+
+
+def waited(step: Callable[[], object], steps: int, *, gpu: bool) -> list[float]:
+    """Seconds of each step by the host's clock, which waits for the GPU before and after."""
+
+    def now() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    seconds = []
+    for _ in range(steps):
+        before = now()
+        step()
+        seconds.append(now() - before)
+    return seconds
 
 
 def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[], None]:
@@ -119,7 +148,11 @@ def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[
     stage = Stage("benchmark", resolution=PIXELS * case.latent_size, images=case.batch_size, batch_size=case.batch_size,
                   learning_rate=1e-4, mask_ratio=case.mask_ratio)  # fmt: skip
     optimizer = make_optimizer(dit, Recipe("benchmark", config, (stage,)))
-    network_module = cast(DiT, torch.compile(dit, dynamic=False, fullgraph=True)) if case.compile else dit
+    # options and not torch._inductor.config itself: what is set there may hold for a thread only, and a GPU's backward
+    # pass is compiled in another
+    options = case.inductor or None
+    compiled = torch.compile(dit, dynamic=False, fullgraph=True, options=options) if case.compile else dit
+    network_module = cast(DiT, compiled)
     count, objective, precision = case.micro_batch, EDM(), "bf16" if device.type == "cuda" else "float32"
 
     def batch() -> tuple[Tensor, ...]:
@@ -179,18 +212,43 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--profiled-steps", type=int, default=2, help="0 profiles nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--inductor", nargs="+", type=setting, default=[], metavar="NAME=VALUE")
+    parser.add_argument("--repeat", type=int, default=1, help="processes of each case, one after the other")
     args = parser.parse_args()
+    if args.inductor and not args.compile:
+        parser.error("--inductor asks for --compile")
     rows: list[dict[str, Any]] = []
     for preset, stage, path in itertools.product(args.model, args.stages, args.paths):
         pixels, _, mask = stage.partition(":")
         latent_size, mask_ratio = int(pixels) // PIXELS, float(mask or 0)
         micro = args.micro_batch or max(1, MICRO_BATCH.get(mask_ratio, 64) * 32**2 // latent_size**2)
         case = Case(preset, latent_size, mask_ratio, path, args.batch_size, min(args.batch_size, micro),
-                    args.steps, args.device, args.compile, args.profiled_steps)  # fmt: skip
-        rows.append(measure_alone(case))
+                    args.steps, args.device, args.compile, args.profiled_steps, dict(args.inductor))  # fmt: skip
+        rows.append(repeated(case, args.repeat))
         print(line(rows[-1]), flush=True)
         result = {"machine": machine(args.device), "rows": rows}
         args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """An entry of torch._inductor.config and its value."""
+    name, _, value = text.partition("=")
+    if name not in inductor.get_config_copy():
+        raise argparse.ArgumentTypeError(f"torch._inductor.config has no {name!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        raise argparse.ArgumentTypeError(f"{value!r}, of {name}, is no Python literal") from None
+
+
+def repeated(case: Case, times: int) -> dict[str, Any]:
+    """The last of so many measurements, with the first steps of all."""
+    first = []
+    for _ in range(times):
+        row = measure_alone(case)
+        first.append(row["first_three_steps_seconds"])
+        case = dataclasses.replace(case, micro_batch=row["micro_batch"])
+    return row | {"first_three_steps_each": first}
 
 
 def measure_alone(case: Case) -> dict[str, Any]:
@@ -208,11 +266,14 @@ def measure_alone(case: Case) -> dict[str, Any]:
 
 def line(row: dict[str, Any]) -> str:
     """A row for people."""
+    first = ", ".join(f"{seconds:.0f}" for seconds in row["first_three_steps_each"])
     text = (
         f"{row['preset']} {PIXELS * row['latent_size']} px, mask {row['mask_ratio']:5.3f}  {row['path']:7}  "
         f"{row['images_per_second']:8.1f} images/s  {row['peak_memory_gb']:5.1f} GB  "
-        f"{row['tflops_per_second']:6.1f} TFLOP/s  first steps {row['first_three_steps_seconds']:.0f} s"
+        f"{row['tflops_per_second']:6.1f} TFLOP/s  first steps {first} s"
     )
+    if row["inductor"]:
+        text += f"  {row['inductor']}"
     if profile := row["profile"]:
         kinds = "  ".join(f"{kind} {ms:.0f}" for kind, ms in profile["kinds_ms"].items())
         text += f"\n    {profile['launches']} launches, {profile['kernel_ms']:.0f} ms: {kinds}"

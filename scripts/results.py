@@ -52,6 +52,12 @@ def stage(row: Mapping[str, Any]) -> str:
     return f"{8 * row['latent_size']} px, mask {row['mask_ratio']:g}"
 
 
+def settings(row: Mapping[str, Any]) -> str:
+    """What a row of `step` was given for Inductor, to follow its path."""
+    told = row.get("inductor", {}).items()
+    return "".join(f", {name}" if value is True else f", {name}={value}" for name, value in told)
+
+
 def step(data: Any) -> list[list[Row]]:
     """Speed and memory of each case; then, where it was profiled, milliseconds of a step by kind of kernel."""
     rows, speeds, kinds = data["rows"], list[Row](), list[Row]()
@@ -59,15 +65,18 @@ def step(data: Any) -> list[list[Row]]:
     bases = {(row["preset"], stage(row)): row for row, path in zip(rows, paths, strict=True) if path == "one-hot"}
     for row, path in zip(rows, paths, strict=True):
         base, profile, used = bases.get((row["preset"], stage(row))), row.get("profile"), row.get("utilisation")
-        case = {"model": row["preset"], "stage": stage(row), "path": path}
+        case = {"model": row["preset"], "stage": stage(row), "path": path + settings(row)}
+        waited = row.get("synchronised_step_seconds")
+        first = row.get("first_three_steps_each") or [row["first_three_steps_seconds"]]
         speeds.append(case | {
             "images/s": number(row["images_per_second"]),
+            "images/s, waiting each step": number(row["batch_size"] / waited) if waited else "",
             "of one-hot": f"{row['images_per_second'] / base['images_per_second']:.2f}" if base else "",
             "TFLOP/s": number(row["tflops_per_second"]),
             "of the peak": f"{used:.1%}" if used else "",
             "peak memory": measured(row["peak_memory_gb"], " GB"),
             "launches": f"{profile['launches']:,}" if profile else "",
-            "first three steps": measured(row["first_three_steps_seconds"], " s"),
+            "first three steps": ", ".join(measured(seconds, " s") for seconds in first),
         })  # fmt: skip
         if profile:
             wall = 1e3 * statistics.median(row["step_seconds"])
@@ -231,6 +240,27 @@ def features(data: Any) -> list[list[Row]]:
     ]]  # fmt: skip
 
 
+def fp8(data: Any) -> list[list[Row]]:
+    """Milliseconds forward and with backward by path, of each measured shape and of a step's layers together."""
+    names = {"bf16": "bf16", "fp8": "fp8 alone", "fp8 fast": "fast accumulation", "fp8 grouped": "grouped",
+             "fp8 cast": "with casts", "best": "where it pays"}  # fmt: skip
+
+    def cells(ms: Mapping[str, Sequence[float]]) -> Row:
+        told = {name: ms[path] for path, name in names.items() if path in ms}
+        cells = {f"{name}, ms": " / ".join(map(number, values)) for name, values in told.items()}
+        return cells | {f"bf16 / {name}": f"{ms['bf16'][1] / told[name][1]:.2f}"
+                        for name in ("fast accumulation", "with casts", "where it pays") if name in told}  # fmt: skip
+
+    rows = [
+        {"product": (f"{row['experts']} x " if row["experts"] > 1 else "")
+         + f"({row['rows']:,} x {row['fan_in']:,}) ({row['fan_in']:,} x {row['fan_out']:,})",
+         "stands for": number(row["copies"])} | cells({path: ms for path, ms in row["ms"].items() if path != "best"})
+        for row in data["rows"]
+    ]  # fmt: skip
+    whole = {"product": f"a step: {data['share_of_flops']:.1%} of its products", "stands for": str(data["layers"])}
+    return [[*rows, whole | cells(data["step"])]]
+
+
 def judges(data: Any) -> list[list[Row]]:
     """Shares right of both judges on all splits, and of the detector by task."""
     measures = {"concept_top1": "concept top-1", "concept_top5": "top-5", "style": "style"}
@@ -251,6 +281,7 @@ TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "text_keys": twins,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
+    "fp8": fp8,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import step
 from benchmarks.breakdown import breakdown, kind_of, summary
+from benchmarks.products import Shape, layers, representatives
+from micro_diffusion.models.flops import forward_flops
+from micro_diffusion.models.presets import PRESETS
 from scripts import results
 
 
@@ -48,6 +52,103 @@ def test_a_new_measurement_stands_above_the_ones_before_it(tmp_path: Path) -> No
         "| XL | 256 px, mask 0.75 | fast | 1,100 | 1.10 | 347 | 35.1% | 65.5 GB |  | 172 s | aaa1111 |",
         "| XL | 256 px, mask 0.75 | fast | 98.2 | 0.04 | 190 | 200 | bbb2222 |",
     ]
+
+
+def test_inductor_settings_repetitions_and_waits_are_told_where_there_are_any(tmp_path: Path) -> None:
+    data = json.loads(step_file("aaa1111", 1100.0, profile=True))
+    data["rows"][0] |= {
+        "inductor": {"coordinate_descent_tuning": True, "combo_kernels": False}, "batch_size": 256,
+        "synchronised_step_seconds": 0.25, "first_three_steps_each": [171.8, 60.2],
+    }  # fmt: skip
+    (tmp_path / "step-gpu.json").write_text(json.dumps(data))
+    page = results.rendered("<!-- table: step-gpu.json -->\n<!-- end -->\n", tmp_path)
+    path = "fast, coordinate_descent_tuning, combo_kernels=False"
+    assert f"| {path} | 1,100 | 1,024 | 1.10 | 347 | 35.1% | 65.5 GB | 1,234 | 172 s, 60.2 s |" in page
+    assert "| one-hot | 1,000 |  | 1.00 | 347 | 35.1% | 65.5 GB | 1,234 | 172 s |" in page
+    assert f"| {path} | 98.2 |" in page
+
+
+def test_fp8_is_a_table_of_products_and_their_sum(tmp_path: Path) -> None:
+    dense = {"bf16": [0.1, 0.3], "fp8": [0.06, 0.2], "fp8 fast": [0.05, 0.15], "fp8 cast": [0.08, 0.4]}
+    experts = dense | {"fp8 cast": [0.07, 0.25], "fp8 grouped": [0.055], "best": [0.07, 0.25]}
+    shapes = ((1, 16384, 1024, 3072), (8, 4096, 1024, 3840))
+    data = {
+        "machine": {"device": "A GPU", "torch": "2.11.0", "commit": "abc"}, "share_of_flops": 0.9989, "layers": 294,
+        "rows": [
+            {**Shape(*shape)._asdict(), "copies": 10.25, "ms": ms}
+            for shape, ms in zip(shapes, (dense | {"best": [0.1, 0.3]}, experts), strict=True)
+        ],
+        "step": {"bf16": [2.0, 6.0], "fp8 cast": [1.5, 6.5], "best": [1.7, 5.5]},
+    }  # fmt: skip
+    (tmp_path / "fp8-gpu.json").write_text(json.dumps(data))
+    page = results.rendered("<!-- table: fp8-gpu.json -->\n<!-- end -->\n", tmp_path)
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert lines[0] == (
+        "| product | stands for | bf16, ms | fp8 alone, ms | fast accumulation, ms | with casts, ms "
+        "| bf16 / fast accumulation | bf16 / with casts | grouped, ms | where it pays, ms | bf16 / where it pays |"
+    )
+    assert lines[2:] == [
+        "| (16,384 x 1,024) (1,024 x 3,072) | 10.2 | 0.1 / 0.3 | 0.06 / 0.2 | 0.05 / 0.15 | 0.08 / 0.4 "
+        "| 2.00 | 0.75 |  |  |  |",
+        "| 8 x (4,096 x 1,024) (1,024 x 3,840) | 10.2 | 0.1 / 0.3 | 0.06 / 0.2 | 0.05 / 0.15 | 0.07 / 0.25 "
+        "| 2.00 | 1.20 | 0.055 |  |  |",
+        "| a step: 99.9% of its products | 294 | 2 / 6 |  |  | 1.5 / 6.5 |  | 0.92 |  | 1.7 / 5.5 | 1.09 |",
+    ]
+
+
+def test_products_have_the_flops_of_a_forward_pass_but_for_attention() -> None:
+    counts = layers("MicroDiT_Nano_4", 2)
+    config = PRESETS["MicroDiT_Nano_4"](input_size=32, caption_channels=step.TEXT_WIDTH, text_mask="none")
+    whole = 2 * forward_flops(config, mask_ratio=0.75, text_length=step.TEXT_LENGTH)
+    macs = sum(count * shape.macs for shape, count in counts.items())
+    assert 0.9 < 2 * macs / whole < 1
+    chosen = representatives(counts)
+    assert len(chosen) < len(counts)
+    assert sum(copies * shape.macs for shape, copies in chosen.items()) == pytest.approx(macs)
+
+
+@pytest.mark.parametrize(("text", "told"), [("nope=1", "has no 'nope'"), ("combo_kernels=yes", "no Python literal")])
+def test_an_inductor_setting_that_is_none_is_an_error(
+    text: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert step.setting("triton.cudagraphs=True") == ("triton.cudagraphs", True)
+    monkeypatch.setattr("sys.argv", ["step", "--out", "no.json", "--compile", "--inductor", text])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert told in capsys.readouterr().err
+
+
+def test_steps_on_a_gpu_are_timed_between_events_without_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    class Event:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            called.append("event")
+            self.at = 10.0 * called.count("step") ** 2
+
+        def elapsed_time(self, after: "Event") -> float:
+            return after.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: called.append("wait"))
+    assert step.streamed(lambda: called.append("step"), 3) == pytest.approx([0.01, 0.03, 0.05])
+    assert called == ["event", "step", "event", "step", "event", "step", "event", "wait"]
+
+
+def test_repetitions_keep_the_last_and_the_first_steps_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = step.Case("XL", 32, 0.75, "fast", 8, 8, 1, "cpu", False, 0)
+    asked: list[int] = []
+
+    def measure(case: step.Case) -> dict[str, float]:
+        asked.append(case.micro_batch)
+        return {"micro_batch": 4, "first_three_steps_seconds": 10.0 / len(asked)}
+
+    monkeypatch.setattr(step, "measure_alone", measure)
+    row = step.repeated(case, 2)
+    assert asked == [8, 4] and row["first_three_steps_each"] == [10.0, 5.0] and row["first_three_steps_seconds"] == 5.0
 
 
 def test_parts_of_a_measurement_are_put_together(tmp_path: Path) -> None:
