@@ -147,4 +147,6 @@ def make_deterministic() -> None:
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch._inductor.config.deterministic = True  # no kernel is chosen by timing
+    # no kernel is chosen by timing; torch's settings hold in one thread, what the environment says in all
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    torch._inductor.config.deterministic = True
