@@ -65,13 +65,13 @@ def timed(work: Work, *, gpu: bool) -> tuple[float, float]:
     return bench(lambda: compute(*work.inputs), gpu=gpu), bench(both, gpu=gpu)
 
 
-def bench(call: Callable[[], object], *, gpu: bool) -> float:
-    """Milliseconds of a call."""
+def bench(call: Callable[[], object], *, gpu: bool, milliseconds: int = 20) -> float:
+    """Milliseconds of a call; a GPU repeats it ten times as long as `milliseconds`."""
     if gpu:
         from triton.testing import do_bench_cudagraph
 
         # a graph's replays: launching so little work takes the host longer than the GPU
-        return float(do_bench_cudagraph(call))
+        return float(do_bench_cudagraph(call, rep=milliseconds))
     seconds = []
     for _ in range(CPU_REPEATS + 1):
         started = time.perf_counter()

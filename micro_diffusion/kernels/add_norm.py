@@ -16,7 +16,10 @@ from torch import Tensor
 
 from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
-TOKENS_OF_PROGRAM = 16  # of the backward: few enough to fill the chip, enough to make the partial sums cheap
+# Launch settings, which benchmarks/tune.py measures and rewrites.
+WARPS, GRAD_WARPS = 4, 4
+# of the backward: few enough to fill the chip, enough to make the partial sums cheap; and how many are in flight
+TOKENS_OF_PROGRAM, ROWS, STAGES = 16, 1, 1
 
 
 class Normed(NamedTuple):
@@ -58,9 +61,8 @@ if triton is not None:
         if GATED:
             added *= tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
         # rounded first: the norm and its backward see the stream as it is stored
-        value = (value + added).to(summed.dtype.element_ty)
-        tl.store(summed + row * dim + columns, value, mask=inside)
-        value = value.to(tl.float32)
+        value = (value + added).to(summed.dtype.element_ty).to(tl.float32)
+        tl.store(summed + row * dim + columns, value.to(summed.dtype.element_ty), mask=inside)
         centred = tl.where(inside, value - tl.sum(value) / dim, 0.0)
         result = centred * tl.rsqrt(tl.sum(centred * centred) / dim + eps)
         result *= tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
@@ -72,50 +74,56 @@ if triton is not None:
     @triton.jit
     def _add_norm_grad_kernel(
         summed, branch, gate, weight, scale, into_stream, into_normed, into_x, into_branch, sums, count, dim,
-        gate_stride, scale_stride, programs,
-        eps: tl.constexpr, GATED: tl.constexpr, MODULATED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+        gate_stride, scale_stride, programs, tokens_of_program, eps: tl.constexpr, GATED: tl.constexpr,
+        MODULATED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """Gradients of x and branch; sums[0..3] are this program's parts of those of weight, shift, scale, gate."""
         part, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-        columns = tl.arange(0, BLOCK)
+        columns = tl.arange(0, BLOCK)[None, :]
         inside = columns < dim
-        weights = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-        factor = weights
+        factor = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         if MODULATED:
             factor *= 1 + tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        if GATED:
-            gates = tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-        of_products = tl.zeros([BLOCK], dtype=tl.float32)  # sum of grad * normalised: gives weight's and scale's
-        of_shift = tl.zeros([BLOCK], dtype=tl.float32)
-        of_gate = tl.zeros([BLOCK], dtype=tl.float32)
-        for token in range(part * ROWS, min((part + 1) * ROWS, count)):
+        # without a gate the compiler drops what is read of it, and of the branch
+        gates = tl.load(gate + image * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+        zeros = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+        of_products, of_shift, of_gate = zeros, zeros, zeros  # products: grad * normalised, for weight and scale
+        end = min((part + 1) * tokens_of_program, count)
+        for start in tl.range(part * tokens_of_program, end, ROWS, num_stages=STAGES):
+            token = start + tl.arange(0, ROWS)[:, None]
+            here = inside & (token < end)
             place = (image * count + token) * dim + columns
-            value = tl.load(summed + place, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(into_normed + place, mask=inside, other=0.0).to(tl.float32)
-            through = tl.load(into_stream + place, mask=inside, other=0.0).to(tl.float32)
-            centred = tl.where(inside, value - tl.sum(value) / dim, 0.0)
-            inverse = tl.rsqrt(tl.sum(centred * centred) / dim + eps)
+            value = tl.load(summed + place, mask=here, other=0.0).to(tl.float32)
+            grad = tl.load(into_normed + place, mask=here, other=0.0).to(tl.float32)
+            through = tl.load(into_stream + place, mask=here, other=0.0).to(tl.float32)
+            added = tl.load(branch + place, mask=here, other=0.0).to(tl.float32)
+            scaled = grad * factor
+            # two reductions in the time of one; and nothing is read between them, which would have to wait
+            mean, scaled_mean = tl.split(tl.sum(tl.join(value, scaled), 1) / dim)
+            centred = tl.where(here, value - mean[:, None], 0.0)
+            variance, product = tl.split(tl.sum(tl.join(centred * centred, centred * scaled), 1) / dim)
+            inverse = tl.rsqrt(variance + eps)[:, None]
             normal = centred * inverse
             of_products += grad * normal
             of_shift += grad
-            grad *= factor
-            grad = inverse * (grad - tl.sum(grad) / dim - normal * (tl.sum(grad * normal) / dim)) + through
-            tl.store(into_x + place, grad.to(into_x.dtype.element_ty), mask=inside)
+            grad = inverse * (scaled - scaled_mean[:, None] - normal * (inverse * product[:, None])) + through
+            tl.store(into_x + place, grad.to(into_x.dtype.element_ty), mask=here)
             if GATED:
-                of_gate += grad * tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
+                of_gate += grad * added
                 grad *= gates
-            tl.store(into_branch + place, grad.to(into_branch.dtype.element_ty), mask=inside)
+            tl.store(into_branch + place, grad.to(into_branch.dtype.element_ty), mask=here)
+        products = tl.sum(of_products, 0, keep_dims=True)
         size = tl.num_programs(1) * programs * dim
-        here = (image * programs + part) * dim + columns
+        at = (image * programs + part) * dim + columns
         if MODULATED:
             modulation = 1 + tl.load(scale + image * scale_stride + columns, mask=inside, other=0.0).to(tl.float32)
-            tl.store(sums + here, of_products * modulation, mask=inside)
-            tl.store(sums + size + here, of_shift, mask=inside)
-            tl.store(sums + 2 * size + here, of_products * weights, mask=inside)
+            tl.store(sums + at, products * modulation, mask=inside)
+            tl.store(sums + size + at, tl.sum(of_shift, 0, keep_dims=True), mask=inside)
+            tl.store(sums + 2 * size + at, products * tl.load(weight + columns, mask=inside, other=0.0), mask=inside)
         else:
-            tl.store(sums + here, of_products, mask=inside)
+            tl.store(sums + at, products, mask=inside)
         if GATED:
-            tl.store(sums + 3 * size + here, of_gate, mask=inside)
+            tl.store(sums + 3 * size + at, tl.sum(of_gate, 0, keep_dims=True), mask=inside)
 
     @torch.library.triton_op("micro_diffusion::add_norm", mutates_args=())
     def _add_norm(
@@ -126,8 +134,8 @@ if triton is not None:
         stream, normed = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
         launcher(_add_norm_kernel)[(batch * count,)](
             x, branch, either(gate, x), weight, either(shift, x), either(scale, x), stream, normed, count, dim,
-            _stride(gate), _stride(shift), _stride(scale),
-            eps=eps, GATED=gate is not None, MODULATED=scale is not None, BLOCK=triton.next_power_of_2(dim),
+            _stride(gate), _stride(shift), _stride(scale), eps=eps, GATED=gate is not None,
+            MODULATED=scale is not None, BLOCK=triton.next_power_of_2(dim), num_warps=WARPS,
         )  # fmt: skip
         return stream, normed
 
@@ -142,9 +150,9 @@ if triton is not None:
         sums = stream.new_empty(4, batch, programs, dim, dtype=torch.float32)
         launcher(_add_norm_grad_kernel)[(programs, batch)](
             stream, branch, either(gate, stream), weight, either(scale, stream), into_stream, into_normed,
-            into_x, into_branch, sums, count, dim, _stride(gate), _stride(scale), programs,
-            eps=eps, GATED=gate is not None, MODULATED=scale is not None, ROWS=TOKENS_OF_PROGRAM,
-            BLOCK=triton.next_power_of_2(dim),
+            into_x, into_branch, sums, count, dim, _stride(gate), _stride(scale), programs, TOKENS_OF_PROGRAM,
+            eps=eps, GATED=gate is not None, MODULATED=scale is not None, ROWS=ROWS, STAGES=STAGES,
+            BLOCK=triton.next_power_of_2(dim), num_warps=GRAD_WARPS,
         )  # fmt: skip
         return into_x, into_branch, sums
 
@@ -153,14 +161,12 @@ if triton is not None:
         ctx.save_for_backward(output[0], branch, gate, weight, scale)
 
     def _gradients(ctx, into_stream, into_normed):
-        stream, branch, gate, weight, scale = ctx.saved_tensors
-        into_x, into_branch, sums = _add_norm_backward(
-            stream, branch, gate, weight, scale, into_stream.contiguous(), into_normed.contiguous(), ctx.eps
-        )
+        _, _, gate, weight, scale = saved = ctx.saved_tensors
+        *into, sums = _add_norm_backward(*saved, into_stream.contiguous(), into_normed.contiguous(), ctx.eps)
         into_weight = sums[0].sum((0, 1)).to(weight.dtype)
         into_gate = None if gate is None else sums[3].sum(1).to(gate.dtype)
         into_shift, into_scale = (None if scale is None else sums[i].sum(1).to(scale.dtype) for i in (1, 2))
-        return into_x, into_branch, into_gate, into_weight, into_shift, into_scale, None, None
+        return *into, into_gate, into_weight, into_shift, into_scale, None, None
 
     _add_norm.register_autograd(_gradients, setup_context=_context)
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 MOST_KEYS = 128
-QUERIES = 64  # of a program's step
+# Launch settings, which benchmarks/tune.py measures and rewrites: warps, queries of a program's step, loads in flight.
+WARPS, QUERIES, GRAD_WARPS, GRAD_QUERIES, GRAD_STAGES = 4, 64, 4, 64, 3  # up to 64 keys
+LONG_WARPS, LONG_QUERIES, LONG_GRAD_WARPS, LONG_GRAD_QUERIES, LONG_GRAD_STAGES = 4, 64, 8, 64, 3  # more
 LOG2_E = 1.4426950408889634
 
 
@@ -39,10 +41,9 @@ if triton is not None:
         factor: tl.constexpr, MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
     ):  # fmt: skip
         image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-        columns, key = tl.arange(0, DIM), tl.arange(0, KEYS)
+        key, column = tl.arange(0, KEYS), head * DIM + tl.arange(0, DIM)[None, :]
         query = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
         here, there = query < queries, key < keys
-        column = head * DIM + columns[None, :]
         qs = tl.load(q + image * q_image + query[:, None] * q_row + column, mask=here[:, None], other=0.0)
         ks = tl.load(k + image * k_image + key[:, None] * k_row + column, mask=there[:, None], other=0.0)
         vs = tl.load(v + image * v_image + key[:, None] * v_row + column, mask=there[:, None], other=0.0)
@@ -51,7 +52,7 @@ if triton is not None:
             allowed = there & (tl.load(mask + image * keys + key, mask=there, other=0) != 0)
         scores = tl.where(allowed[None, :], tl.dot(qs, tl.trans(ks)) * factor, float("-inf"))
         scores = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        result = tl.dot(scores.to(vs.dtype), vs) / tl.sum(scores, 1)[:, None]
+        result = tl.dot(scores.to(vs.dtype), vs) * (1 / tl.sum(scores, 1))[:, None]
         place = (image * queries + query[:, None]) * heads * DIM + column
         tl.store(out + place, result.to(out.dtype.element_ty), mask=here[:, None])
 
@@ -59,36 +60,33 @@ if triton is not None:
     def _attention_grad_kernel(
         q, k, v, mask, grad, into_q, into_k, into_v, queries, keys, heads,
         q_image, q_row, k_image, k_row, v_image, v_row,
-        factor: tl.constexpr, scale: tl.constexpr,
-        MASKED: tl.constexpr, DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+        factor: tl.constexpr, scale: tl.constexpr, MASKED: tl.constexpr,
+        DIM: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr, STEPS: tl.constexpr,
     ):  # fmt: skip
         image, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
-        columns, key = tl.arange(0, DIM), tl.arange(0, KEYS)
+        key, column = tl.arange(0, KEYS), head * DIM + tl.arange(0, DIM)[None, :]
         there = key < keys
-        column = head * DIM + columns[None, :]
         ks = tl.load(k + image * k_image + key[:, None] * k_row + column, mask=there[:, None], other=0.0)
         vs = tl.load(v + image * v_image + key[:, None] * v_row + column, mask=there[:, None], other=0.0)
         allowed = there
         if MASKED:
             allowed = there & (tl.load(mask + image * keys + key, mask=there, other=0) != 0)
-        of_k = tl.zeros([KEYS, DIM], dtype=tl.float32)
-        of_v = tl.zeros([KEYS, DIM], dtype=tl.float32)
-        for start in range(0, queries, QUERIES):
-            query = start + tl.arange(0, QUERIES)
+        of_k, of_v = tl.zeros([KEYS, DIM], dtype=tl.float32), tl.zeros([KEYS, DIM], dtype=tl.float32)
+        for step in range(STEPS):  # a constant: one step is no loop and needs fewer registers
+            query = step * QUERIES + tl.arange(0, QUERIES)
             here = query < queries
             place = (image * queries + query[:, None]) * heads * DIM + column
             qs = tl.load(q + image * q_image + query[:, None] * q_row + column, mask=here[:, None], other=0.0)
             gs = tl.load(grad + place, mask=here[:, None], other=0.0)
             scores = tl.where(allowed[None, :], tl.dot(qs, tl.trans(ks)) * factor, float("-inf"))
             scores = tl.exp2(scores - tl.max(scores, 1)[:, None])
-            shares = scores / tl.sum(scores, 1)[:, None]
+            shares = scores * (1 / tl.sum(scores, 1))[:, None]
             of_v += tl.dot(tl.trans(shares.to(gs.dtype)), gs)
             into_shares = tl.dot(gs, tl.trans(vs))
             into_scores = shares * (into_shares - tl.sum(shares * into_shares, 1)[:, None]) * scale
             into_scores = into_scores.to(qs.dtype)
-            of_q = tl.dot(into_scores, ks)
             of_k += tl.dot(tl.trans(into_scores), qs)
-            tl.store(into_q + place, of_q.to(into_q.dtype.element_ty), mask=here[:, None])
+            tl.store(into_q + place, tl.dot(into_scores, ks).to(into_q.dtype.element_ty), mask=here[:, None])
         place = (image * keys + key[:, None]) * heads * DIM + column
         tl.store(into_k + place, of_k.to(into_k.dtype.element_ty), mask=there[:, None])
         tl.store(into_v + place, of_v.to(into_v.dtype.element_ty), mask=there[:, None])
@@ -97,9 +95,11 @@ if triton is not None:
     def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, head_dim: int) -> Tensor:
         (batch, queries, width), keys = q.shape, k.shape[1]
         out, heads = q.new_empty(q.shape), width // head_dim
-        launcher(_attention_kernel)[(batch * heads, triton.cdiv(queries, QUERIES))](
-            q, k, v, either(mask, q), out, queries, keys, heads, *_strides(q, k, v),
-            factor=head_dim**-0.5 * LOG2_E, MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
+        warps, step = (LONG_WARPS, LONG_QUERIES) if keys > 64 else (WARPS, QUERIES)
+        step = min(step, _padded(queries))
+        launcher(_attention_kernel)[(batch * heads, triton.cdiv(queries, step))](
+            q, k, v, either(mask, q), out, queries, keys, heads, *_strides(q, k, v), factor=head_dim**-0.5 * LOG2_E,
+            MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=step, num_warps=warps,
         )  # fmt: skip
         return out
 
@@ -110,11 +110,13 @@ if triton is not None:
         (batch, queries, width), keys = q.shape, k.shape[1]
         into_q, into_k, into_v = (x.new_empty(x.shape) for x in (q, k, v))
         heads, factor = width // head_dim, head_dim**-0.5
+        warps, step = (LONG_GRAD_WARPS, LONG_GRAD_QUERIES) if keys > 64 else (GRAD_WARPS, GRAD_QUERIES)
+        step = min(step, _padded(queries))
         launcher(_attention_grad_kernel)[(batch * heads,)](
             q, k, v, either(mask, q), grad, into_q, into_k, into_v, queries, keys, heads,
-            *_strides(q, k, v), factor=factor * LOG2_E, scale=factor,
-            MASKED=mask is not None, DIM=head_dim, KEYS=_padded(keys), QUERIES=QUERIES,
-            num_warps=8 if keys > 64 else 4,
+            *_strides(q, k, v), factor=factor * LOG2_E, scale=factor, MASKED=mask is not None, DIM=head_dim,
+            KEYS=_padded(keys), QUERIES=step, STEPS=triton.cdiv(queries, step), num_warps=warps,
+            num_stages=LONG_GRAD_STAGES if keys > 64 else GRAD_STAGES,
         )  # fmt: skip
         return into_q, into_k, into_v
 
@@ -128,8 +130,8 @@ if triton is not None:
     )
 
 
-def _padded(keys: int) -> int:
-    return max(16, 1 << (keys - 1).bit_length())
+def _padded(count: int) -> int:
+    return max(16, 1 << (count - 1).bit_length())
 
 
 def _strides(*tensors: Tensor) -> list[int]:

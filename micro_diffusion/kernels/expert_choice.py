@@ -10,6 +10,9 @@ from torch import Tensor
 
 from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
+# Launch settings, which benchmarks/tune.py measures and rewrites.
+GATHER_WARPS, DOT_WARPS, SUM_WARPS = 4, 4, 4
+
 
 def slots_of(tokens: Int[Tensor, "b e k"], count: int) -> Int[Tensor, "b t e"]:
     """In which slot of each expert each of `count` tokens lies; -1 where the expert did not take it."""
@@ -98,8 +101,8 @@ if triton is not None:
         dots = source.new_empty(tokens.shape if other is not None else 0, dtype=torch.float32)
         launcher(_gather_kernel)[(experts * batch * capacity,)](
             source, tokens, either(weights, source), either(other, source), out, dots,
-            count, capacity, batch * capacity, experts, dim,
-            WEIGHTED=weights is not None, DOT=other is not None, BLOCK=triton.next_power_of_2(dim),
+            count, capacity, batch * capacity, experts, dim, WEIGHTED=weights is not None, DOT=other is not None,
+            BLOCK=triton.next_power_of_2(dim), num_warps=GATHER_WARPS if other is None else DOT_WARPS,
         )  # fmt: skip
         return out, dots
 
@@ -108,7 +111,7 @@ if triton is not None:
         out = source.new_empty(batch, count, dim)
         launcher(_sum_kernel)[(batch * count,)](
             source, slots, either(weights, source), out, count, rows // batch, rows, dim,
-            WEIGHTED=weights is not None, EXPERTS=experts, BLOCK=triton.next_power_of_2(dim),
+            WEIGHTED=weights is not None, EXPERTS=experts, BLOCK=triton.next_power_of_2(dim), num_warps=SUM_WARPS,
         )  # fmt: skip
         return out
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from micro_diffusion.kernels import add_norm as norms
+from micro_diffusion.kernels import attention as heads
 from micro_diffusion.kernels import launch
 from micro_diffusion.kernels.add_norm import add_norm
 from micro_diffusion.kernels.attention import attention
@@ -77,6 +79,14 @@ def test_add_norm(batch: int, count: int, dim: int, gated: bool, modulated: bool
     assert_twins(compute, [x, branch, weight, *([cond] if gated or modulated else [])])
 
 
+@pytest.mark.parametrize(("tokens", "rows", "stages"), [(4, 1, 2), (8, 2, 1), (16, 4, 3), (2, 4, 2)])
+def test_launch_settings_of_add_norm(monkeypatch: pytest.MonkeyPatch, tokens: int, rows: int, stages: int) -> None:
+    for name, value in {"TOKENS_OF_PROGRAM": tokens, "ROWS": rows, "STAGES": stages}.items():
+        monkeypatch.setattr(norms, name, value)
+    test_add_norm(2, 19, 17, gated=True, modulated=True)
+    test_add_norm(2, 19, 17, gated=False, modulated=False)
+
+
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
     ("batch", "queries", "keys", "heads", "head_dim"), [(2, 64, 64, 2, 16), (1, 70, 77, 2, 32), (2, 5, 24, 1, 16)]
@@ -85,6 +95,16 @@ def test_attention(batch: int, queries: int, keys: int, heads: int, head_dim: in
     q, kv = leaf(batch, queries, heads * head_dim), leaf(batch, keys, 2 * heads * head_dim)
     mask = torch.rand(batch, keys).argsort() < keys // 2 if masked else None
     assert_twins(lambda: [attention(q, *kv.chunk(2, dim=-1), head_dim=head_dim, mask=mask)], [q, kv])
+
+
+@pytest.mark.parametrize(("name", "keys"), [("", 24), ("LONG_", 77)])
+@pytest.mark.parametrize(("queries", "stages"), [(16, 2), (32, 1), (128, 3)])
+def test_launch_settings_of_attention(
+    monkeypatch: pytest.MonkeyPatch, name: str, keys: int, queries: int, stages: int
+) -> None:
+    for constant, value in {"QUERIES": queries, "GRAD_QUERIES": queries, "GRAD_STAGES": stages}.items():
+        monkeypatch.setattr(heads, name + constant, value)
+    test_attention(2, 70, keys, 2, 16, masked=True)
 
 
 def test_many_keys_are_left_to_torch() -> None:
