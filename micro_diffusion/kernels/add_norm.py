@@ -17,9 +17,9 @@ from torch import Tensor
 from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 # Launch settings, which benchmarks/tune.py measures and rewrites.
-WARPS, GRAD_WARPS = 4, 4
+WARPS, GRAD_WARPS = 2, 2
 # of the backward: few enough to fill the chip, enough to make the partial sums cheap; and how many are in flight
-TOKENS_OF_PROGRAM, ROWS, STAGES = 16, 1, 1
+TOKENS_OF_PROGRAM, ROWS, STAGES = 32, 1, 3
 
 
 class Normed(NamedTuple):

@@ -14,7 +14,7 @@ from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 MOST_KEYS = 128
 # Launch settings, which benchmarks/tune.py measures and rewrites: warps, queries of a program's step, loads in flight.
 WARPS, QUERIES, GRAD_WARPS, GRAD_QUERIES, GRAD_STAGES = 4, 64, 4, 64, 3  # up to 64 keys
-LONG_WARPS, LONG_QUERIES, LONG_GRAD_WARPS, LONG_GRAD_QUERIES, LONG_GRAD_STAGES = 4, 64, 8, 64, 3  # more
+LONG_WARPS, LONG_QUERIES, LONG_GRAD_WARPS, LONG_GRAD_QUERIES, LONG_GRAD_STAGES = 4, 128, 4, 16, 3  # more
 LOG2_E = 1.4426950408889634
 
 

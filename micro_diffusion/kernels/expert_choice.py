@@ -11,7 +11,7 @@ from torch import Tensor
 from micro_diffusion.kernels.launch import either, launcher, tl, triton, usable
 
 # Launch settings, which benchmarks/tune.py measures and rewrites.
-GATHER_WARPS, DOT_WARPS, SUM_WARPS = 4, 4, 4
+GATHER_WARPS, DOT_WARPS, SUM_WARPS = 2, 1, 2
 
 
 def slots_of(tokens: Int[Tensor, "b e k"], count: int) -> Int[Tensor, "b t e"]:
