@@ -268,7 +268,7 @@ def work(args: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
         yield {"limit_gb": 24, "compiled": False} | run.measure(max(2, args.steps // 3))
         return
     mode = {"single": "auto", "whole": "auto", "ddp": "ddp", "fsdp": "fsdp", "back": "ddp"}[case]
-    options = Options(parallel=mode, micro_batch=args.micro_batch)  # type: ignore[arg-type]
+    options = Options(parallel=mode, micro_batch=args.micro_batch, reshard=args.reshard)  # type: ignore[arg-type]
     compiled = args.compile and case != "back"
     run = Run(args, world, options, resolution=256, by_block=case != "whole", compiled=compiled)
     # a mode that goes on from a checkpoint is given the recipe that it was saved with
@@ -328,6 +328,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=256 if gpu else 4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
+    parser.add_argument("--reshard", action="store_true", help="of FSDP2, as in micro-diffusion train")
     parser.add_argument("--scratch", default="/tmp/parallel-benchmark", help="folder for checkpoints; removed")
     parser.add_argument("--seconds", type=float, default=530, help="cases that would begin after this are left out")
     parser.add_argument("--case", help=argparse.SUPPRESS)

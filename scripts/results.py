@@ -204,6 +204,27 @@ def quality(data: Any) -> list[list[Row]]:
     return [losses, scores]
 
 
+def scores(data: Any) -> list[list[Row]]:
+    """What the judges and the detector say of a model's pictures by guidance, and of the true ones."""
+    last, true = data["rows"][-1], ", true pictures"
+    names = [name for name in last if f"{name}{true}" in last]
+    return [[
+        {"share right": name.replace("_", " ")}
+        | {f"guidance {row['guidance']:g}": f"{row[name]:.1%}" for row in data["rows"]}
+        | {"true pictures": f"{last[name + true]:.1%}"}
+        for name in names
+    ]]  # fmt: skip
+
+
+def tune(data: Any) -> list[list[Row]]:
+    """Launch settings before and after, with the sum of times over a kernel's shapes."""
+    return [[
+        {"kernel": name, "before": f"{row['default_ms']:.3f} ms", "after": f"{row['best_ms']:.3f} ms",
+         "settings": ", ".join(f"{key.lower()} {value}" for key, value in row["best"].items())}
+        for name, row in data["kernels"].items()
+    ]]  # fmt: skip
+
+
 SCORES = ("concept top-1, held-out pairs", "concept top-5, held-out pairs", "style, held-out pairs",
           "concept top-1, held-out concepts", "both, seen pairs", "overall")  # fmt: skip
 
@@ -278,7 +299,7 @@ def judges(data: Any) -> list[list[Row]]:
 
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
-    "text_keys": twins,
+    "text_keys": twins, "scores": scores, "tune": tune,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
     "fp8": fp8,

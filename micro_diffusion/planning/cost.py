@@ -74,7 +74,7 @@ def fit(work: Work, machine: Machine) -> tuple[int, float]:
     Weights, gradients and two moments in float32, each average, bf16 copies of the weights, and activations.
     """
     share, copies = work.batch_size // machine.gpus, 2 if work.precision == "bf16" else 0
-    held = parameters(work.model).total * ((16 + 4 * work.averages) / machine.shards + copies)
+    held = parameters(work.model).total * (4 + copies + (12 + 4 * work.averages) / machine.shards)
     each = max(image_bytes(work, ratio) for _, ratio in work.spans)
     room = (1 - RESERVE) * machine.gpu.memory_gb * 1e9 if machine.gpu else float("inf")
     sizes = (size for size in range(1, share + 1) if share % size == 0 and held + size * each <= room)

@@ -13,6 +13,8 @@ class Options:
     parallel: Literal["auto", "ddp", "fsdp", "hybrid"] = "auto"
     """With several ranks (torchrun): ddp keeps the model whole on each, fsdp shards it over all, hybrid over those of
     one machine; auto is ddp."""
+    reshard: bool = False
+    """fsdp and hybrid: free a block's whole weights after each use, in place of once a step: slower, less memory."""
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass: less memory, about a third more work."""
     micro_batch: int | Literal["auto"] | None = None

@@ -26,6 +26,7 @@ from micro_diffusion.training.feed import Examples
 from micro_diffusion.training.options import Options
 
 logger = logging.getLogger(__name__)
+BUCKET_MB = 200  # of gradients in one all-reduce: with torch's 25 it was hidden less well (docs/results.md)
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nobody here writes into
 
 
@@ -83,9 +84,10 @@ class Parallel:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
+            torch._dynamo.config.optimize_ddp = False  # which cuts blocks where DDP's buckets end
         if self.mode == "ddp":
             where = [self.device] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True)
+            wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
             wrapped.config = dit.config  # type: ignore[assignment]
             return cast(DiT, wrapped)
         return cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
@@ -94,8 +96,10 @@ class Parallel:
         """Micro-batches of `size` images; gradients cross the ranks in the backward pass of the last one only."""
         parts = list(batch.split(size))
         for index, part in enumerate(parts):
-            _synchronise(network, index + 1 == len(parts))
+            self._synchronise(network, index + 1 == len(parts))
             yield part
+        if isinstance(network, FSDPModule):
+            network.set_reshard_after_forward(True)  # where no backward pass follows
 
     def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:
         """The micro-batch of a stage, halved until forward and backward of its first one fit on every rank.
@@ -111,7 +115,7 @@ class Parallel:
             if not smaller or isinstance(network, FSDPModule):
                 raise UserError(
                     f"stage {stage.name!r}: out of memory with micro-batches of {size} images; set a smaller "
-                    "--micro-batch, or --activation-checkpointing"
+                    "--micro-batch, --activation-checkpointing, or --reshard with FSDP"
                 )
             logger.warning("stage %r: out of memory with micro-batches of %d images", stage.name, size)
             size = smaller
@@ -120,11 +124,13 @@ class Parallel:
 
     def _fits(self, network: DiT, part: Examples, stage: Stage, backward: Callable[[Examples], object]) -> bool:
         reserve: list[Tensor] = []  # what an average takes later in the stage
-        _synchronise(network, False)
         try:
             reserve += [torch.empty_like(each) for each in network.parameters() if stage.ema_halflife_images]
-            for _ in range(min(2, stage.batch_size // self.world.size // len(part.latents))):
-                backward(part)  # once more where gradients are added up: the second needs room beside them
+            times = min(2, stage.batch_size // self.world.size // len(part.latents))
+            for time in range(times):  # once more where gradients are added up: the second needs room beside them
+                # what FSDP has not sharded is out of zero_grad's reach
+                self._synchronise(network, isinstance(network, FSDPModule) and time + 1 == times)
+                backward(part)
             fits = True
         except torch.OutOfMemoryError:
             fits = False
@@ -134,12 +140,13 @@ class Parallel:
             torch.cuda.empty_cache()
         return fits
 
-
-def _synchronise(network: DiT, now: bool) -> None:
-    if isinstance(network, DistributedDataParallel):
-        network.require_backward_grad_sync = now
-    elif isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(now)
+    def _synchronise(self, network: DiT, now: bool) -> None:
+        if isinstance(network, DistributedDataParallel):
+            network.require_backward_grad_sync = now
+        elif isinstance(network, FSDPModule):
+            network.set_requires_gradient_sync(now)
+            network.set_reshard_after_forward(self.options.reshard)
+            network.set_reshard_after_backward(now or self.options.reshard)
 
 
 def make_deterministic() -> None:

@@ -61,6 +61,8 @@ def undisturbed_ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (2, {"micro_batch": 2}),
         (2, FSDP),
         (2, {**FSDP, "micro_batch": 1, "activation_checkpointing": True}),
+        (2, {**FSDP, "micro_batch": 2, "reshard": True}),
+        (2, {**FSDP, "micro_batch": "auto"}),
         (2, {"parallel": "hybrid"}),
         (4, {"parallel": "hybrid", "machines": 2}),
     ],

@@ -54,7 +54,7 @@ def test_memory_grows_with_what_is_held_and_shrinks_with_shards() -> None:
     plain, held = fit(NANO, one)[1], image_bytes(NANO, 0.0)
     assert plain == pytest.approx((16 * weights + 64 * held) / 1e9)
     assert fit(NANO._replace(averages=2), one)[1] - plain == pytest.approx(8 * weights / 1e9)
-    assert plain - fit(NANO, one._replace(shards=4))[1] == pytest.approx(12 * weights / 1e9)
+    assert plain - fit(NANO, one._replace(shards=4))[1] == pytest.approx(9 * weights / 1e9)
     assert image_bytes(NANO, 0.5) < held < image_bytes(NANO._replace(text_length=40), 0.0)
     assert image_bytes(NANO._replace(compiled=True), 0.0) < held
 
