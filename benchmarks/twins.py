@@ -57,6 +57,7 @@ def timed(work: Work, *, gpu: bool) -> tuple[float, float]:
     compute = torch.compile(work.compute, dynamic=False) if gpu else work.compute
     outputs = [out for out in compute(*work.inputs) if out.requires_grad]
     grads = [torch.randn_like(out) for out in outputs]
+    del outputs  # and with them what autograd keeps for the leaves, whose stream a graph must not wait for
     wanted = [x for x in work.inputs if x.requires_grad] + list(work.module.parameters() if work.module else ())
 
     def both() -> None:
