@@ -25,7 +25,7 @@ BENCH = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-
 DOWNSCALE = 8  # pixels to a latent, of all autoencoders here but DC-AE
 TYPICAL_TOKENS = 16  # of a caption, where a recipe takes them as long as they are
 ADVICE = "--parallel fsdp, larger GPUs, or train --activation-checkpointing."
-GUESS = "Speed: the part of its peak that an H100 gave XL at 256 px; for all else, a guess."
+GUESS = "Speed: the part of its peak that an H200 gave XL; for all else, a guess."
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.hardware import Gpu
 
 OPTIMIZER_BYTES = 32  # a parameter: the norm reads its gradient; AdamW reads four float32 numbers and writes three
-# From benchmarks/results/step-h100.json (XL, 256 px, bf16, compiled, torch 2.11, November 2026):
-UTILISATION = {True: 0.371, False: 0.341}  # of the peak by forward and backward, with patches masked and without
+# From benchmarks/results/step-h200.json (XL, 256 and 512 px, bf16, compiled, torch 2.11, November 2026):
+UTILISATION = {True: 0.408, False: 0.380}  # of the peak by forward and backward, with patches masked and without
 # Bytes that compiled bf16 holds for the backward, of what eager float32 does (attention's scores apart):
 COMPILED = 0.452
 RESERVE = 0.1  # of the GPU's memory: the allocator, NCCL, what is alive for a moment only
