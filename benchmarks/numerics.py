@@ -146,7 +146,7 @@ def recipe_of(args: argparse.Namespace, device: torch.device) -> Recipe:
                   learning_rate=args.rate, warmup_images=args.steps // 10 * batch, start="scratch",
                   pos_interp_scale=2.0)  # fmt: skip
     return replace(whole, model=model, stages=(stage,), log_every=batch, checkpoint_every=0, sample_every=0,
-                   validate_every=0, compile=gpu, precision="bf16" if gpu else "float32")  # fmt: skip
+                   validate_every=0, compile=gpu, precision=args.precision)  # fmt: skip
 
 
 def losses(recipe: Recipe, store: Store, device: torch.device, *, path: str) -> list[float]:
@@ -208,6 +208,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256 if gpu else 8)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=8e-4)
+    parser.add_argument(
+        "--precision", default="bf16" if gpu else "float32", choices=["bf16", "float32"], help="of training"
+    )
     args = parser.parse_args()
     make_store(args.store)
     if args.only_store:

@@ -14,8 +14,9 @@ clock is read before and after each.
     python -m benchmarks.step --out step.json --stages 256:0.75 256:0 --paths fast one-hot
     python -m benchmarks.step --out step.json --inductor coordinate_descent_tuning=True --repeat 2
 
-`--inductor` compiles with other values of entries of torch._inductor.config. With `--repeat 2` the second process finds
-the first's compilations in the cache: `first_three_steps_each` has both, everything else is the last one's.
+`--inductor` compiles with other values of entries of torch._inductor.config, or of activation_memory_budget. With
+`--repeat 2` the second process finds the first's compilations in the cache: `first_three_steps_each` has both,
+everything else is the last one's.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch._functorch.config as functorch
 import torch._inductor.config as inductor
 from torch import Tensor
 
@@ -58,6 +60,9 @@ TEXT_LENGTH, TEXT_WIDTH = 77, 1024
 # patches. Where it does not fit it is halved.
 MICRO_BATCH = {0.0: 64, 0.5: 128, 0.75: 256, 0.875: 256}
 PIXELS = 8  # to a latent
+BUDGET = (
+    "activation_memory_budget"  # of torch._functorch.config: below 1 the backward pass computes again what is cheap
+)
 SYNCHRONISED = 5  # steps that are timed with a wait
 
 
@@ -150,7 +155,8 @@ def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[
     optimizer = make_optimizer(dit, Recipe("benchmark", config, (stage,)))
     # options and not torch._inductor.config itself: what is set there may hold for a thread only, and a GPU's backward
     # pass is compiled in another
-    options = case.inductor or None
+    options = {name: value for name, value in case.inductor.items() if name != BUDGET} or None
+    functorch.activation_memory_budget = case.inductor.get(BUDGET, 1.0)  # the graph is cut in two in this thread
     compiled = torch.compile(dit, dynamic=False, fullgraph=True, options=options) if case.compile else dit
     network_module = cast(DiT, compiled)
     count, objective, precision = case.micro_batch, EDM(), "bf16" if device.type == "cuda" else "float32"
@@ -231,9 +237,9 @@ def main() -> None:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """An entry of torch._inductor.config and its value."""
+    """An entry of torch._inductor.config, or the memory budget, and its value."""
     name, _, value = text.partition("=")
-    if name not in inductor.get_config_copy():
+    if name != BUDGET and name not in inductor.get_config_copy():
         raise argparse.ArgumentTypeError(f"torch._inductor.config has no {name!r}")
     try:
         return name, ast.literal_eval(value)
