@@ -101,6 +101,7 @@ def rehearse(folder: Path, device: torch.device, *, tiny: bool, note: Callable[.
             num_inference_steps=steps,
             guidance_scale=5.0,
             seed=2024,
+            batch_size=len(PROMPTS),
             return_only_latents=not autoencoder,
         )
 
@@ -109,7 +110,7 @@ def rehearse(folder: Path, device: torch.device, *, tiny: bool, note: Callable[.
     note(float32_and_autocast_s=seconds, **errors.reference)
     for mode in ("eager", "compiled"):
         if mode == "compiled":
-            model.dit.compile()
+            model.compile_transformer()
         _, warm = timed(lambda: draw(2))
         reset_peak(device)
         images, seconds = timed(draw)
@@ -129,7 +130,7 @@ class PlainAutocast(nn.Module):
         super().__init__()
         self.dit, self.config, self.x_embedder = dit, dit.config, dit.x_embedder
 
-    def encode_text(self, states: Tensor, mask: Tensor) -> Tensor:
+    def encode_text(self, states: Tensor, mask: Tensor, *, keys: bool) -> Tensor:
         return states
 
     def forward(self, x: Tensor, label: Tensor, states: Tensor, **settings: Any) -> Prediction:

@@ -2,9 +2,9 @@
 
 Heun steps with guidance on random weights and random text features, at each size and batch in several modes: eager or
 compiled, guidance as one call of twice the batch (`sample_latents` as it is) or as two calls, CUDA graphs
-(`torch.compile(mode="reduce-overhead")`), keys and values of the text computed once a picture instead of at each call,
-weights kept in bf16. Each case has a process of its own; JSON is rewritten after each. `difference` is that of the
-latents from those of the first mode of the same size and batch.
+(`torch.compile(mode="reduce-overhead")`, as `generate --compile` does), weights kept in bf16. Each case has a process
+of its own; JSON is rewritten after each. `difference` is that of the latents from those of the first mode of the same
+size and batch.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from benchmarks.step import PIXELS, machine
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.diffusion.samplers import heun
-from micro_diffusion.models.dit import Block, DiT
+from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.models.model import sample_latents, text_network
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.models.text_encoders import TextFeatures
-from micro_diffusion.runtime.device import autocast, pick_device
+from micro_diffusion.runtime.device import pick_device
 
 GUIDANCE, TEXT_LENGTH, TEXT_WIDTH = 5.0, 77, 1024
 LEAST_DRAWS, LEAST_SECONDS, MOST_DRAWS = 2, 3.0, 10
@@ -43,7 +43,6 @@ class Mode:
     """Of the network for a guided evaluation."""
     compile: str | None = None
     """A mode of torch.compile."""
-    keys_once: bool = False
     weights: str = "float32"
 
 
@@ -53,7 +52,6 @@ MODES = {
     "compiled-two-calls": Mode(calls=2, compile="default"),
     "compiled": Mode(compile="default"),
     "graphs": Mode(compile="reduce-overhead"),
-    "graphs-keys-once": Mode(compile="reduce-overhead", keys_once=True),
     "graphs-bf16": Mode(compile="reduce-overhead", weights="bf16"),
 }
 DEFAULT_MODES = ("eager-two-calls", "eager", "compiled-two-calls", "compiled", "graphs")
@@ -71,19 +69,6 @@ class Case:
     device: str
 
 
-class Known(nn.Module):
-    """Stands in the place of a layer whose input is always the same."""
-
-    output: Tensor
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("output", output)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output
-
-
 @torch.no_grad()
 def measure(case: Case) -> tuple[dict[str, Any], Tensor]:
     """Pictures a second (median draw), seconds to the first picture, memory; and the latents."""
@@ -97,8 +82,6 @@ def measure(case: Case) -> tuple[dict[str, Any], Tensor]:
     text = TextFeatures(states, torch.ones(states.shape[:2], dtype=torch.bool, device=device))
     shape = case.batch, dit.config.in_channels, *dit.config.latent_size
     noise = torch.randn(shape, generator=draws).to(device)
-    if mode.keys_once:
-        keep_keys(dit, text, precision="bf16" if gpu else "float32")
     if mode.compile:
         dit.compile(mode=mode.compile, dynamic=False, fullgraph=True)
     sample = sample_latents if mode.calls == 1 else two_calls
@@ -145,21 +128,11 @@ def null(text: TextFeatures) -> TextFeatures:
     return null_caption(*text, torch.ones_like(text.mask[:, 0]))
 
 
-def keep_keys(dit: DiT, text: TextFeatures, *, precision: str) -> None:
-    """Replace the layers that make keys and values of the text by what they give for these captions and null ones."""
-    with autocast(text.states.device, precision):
-        encoded = dit.encode_text(*(torch.cat(pair) for pair in zip(text, null(text), strict=True)))
-        for blocks, tokens in ((dit.patch_mixer, encoded.mixer_tokens), (dit.blocks, encoded.tokens)):
-            for block in blocks:
-                assert isinstance(block, Block)
-                block.cross_attn.kv_linear = Known(block.cross_attn.kv_linear(tokens))  # type: ignore[assignment]
-
-
 def two_calls(
     dit: DiT, objective: EDM, text: TextFeatures, noise: Tensor, *, num_inference_steps: int, guidance_scale: float
 ) -> Tensor:
     """`sample_latents` with a call of the network for the caption and one for the null caption."""
-    conditional, unconditional = (text_network(dit, each, precision="bf16") for each in (text, null(text)))
+    conditional, unconditional = (text_network(dit, each, precision="bf16", keys=True) for each in (text, null(text)))
 
     def denoise(x: Tensor, level: Tensor) -> Tensor:
         cond = objective.denoise(conditional, x, level).sample

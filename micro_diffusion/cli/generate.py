@@ -52,7 +52,7 @@ class Sampling:
         model = LatentDiffusion.from_checkpoint(name, device=pick_device(self.device), autoencoder=self.autoencoder,
                                                 text_encoder=self.text_encoder, precision=self.precision)  # fmt: skip
         if self.compile:
-            model.dit.compile()
+            model.compile_transformer()
         return model
 
 
@@ -124,13 +124,13 @@ class Generate(Sampling):
             return state
 
         wanted = [(prompt, self.seed + copy) for prompt in prompts for copy in range(self.per_prompt)]
-        task = bar.add_task("drawing", total=len(wanted) * self.steps)
-        for start in range(0, len(wanted), self.batch_size):
-            some, seeds = zip(*wanted[start : start + self.batch_size], strict=True)
+        task, at_once = bar.add_task("drawing", total=len(wanted) * self.steps), min(self.batch_size, len(wanted))
+        for start in range(0, len(wanted), at_once):
+            some, seeds = zip(*wanted[start : start + at_once], strict=True)
             try:
                 images = model.generate(some, num_inference_steps=self.steps, guidance_scale=self.guidance,
                                         guidance_interval=self.guidance_interval, sampler=self.sampler, seed=seeds,
-                                        batch_size=self.batch_size, on_step=on_step)  # fmt: skip
+                                        batch_size=at_once, on_step=on_step)  # fmt: skip
             except torch.OutOfMemoryError as error:
                 raise UserError(f"{len(some)} pictures at once do not fit into memory; lower --batch-size.") from error
             yield from zip(some, seeds, pictures(images), strict=True)

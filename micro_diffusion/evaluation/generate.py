@@ -58,7 +58,8 @@ def draw_prompts(
         try:
             images = model.generate(
                 texts, seed=seeds, num_inference_steps=drawing.steps, guidance_scale=drawing.guidance,
-                guidance_interval=drawing.guidance_interval, sampler=drawing.sampler, batch_size=batch_size,
+                guidance_interval=drawing.guidance_interval, sampler=drawing.sampler,
+                batch_size=min(batch_size, len(prompts)),
             )  # fmt: skip
         except torch.OutOfMemoryError as error:
             raise UserError(f"{len(texts)} pictures at once do not fit into memory; lower --batch-size.") from error

@@ -58,22 +58,13 @@ class MicroDiffusionPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
-        *,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 5.0,
-        guidance_interval: tuple[float, float] | None = None,
-        sampler: str = "heun",
-        num_images_per_prompt: int = 1,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback_on_step_end: Callback | None = None,
+        self, prompt: str | Sequence[str], negative_prompt: str | Sequence[str] | None = None, *,
+        num_inference_steps: int = 30, guidance_scale: float = 5.0, sampler: str = "heun",
+        guidance_interval: tuple[float, float] | None = None, num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None, latents: Tensor | None = None,
+        output_type: str = "pil", return_dict: bool = True, callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
+    ) -> ImagePipelineOutput | tuple[Any]:  # fmt: skip
         """Pictures as "pil", "np" (b, h, w, 3), "pt" (b, 3, h, w) or "latent"; those of a prompt stand together.
 
         `latents` is unit noise (b, c, h, w), else drawn from `generator`, one or one a picture. After each step

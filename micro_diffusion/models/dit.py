@@ -80,6 +80,7 @@ class EncodedText(NamedTuple):
     mixer_tokens: Float[Tensor, "b l m"]
     pooled: Float[Tensor, "b d"]
     mask: Bool[Tensor, "b l"] | None
+    keys: tuple[Float[Tensor, "b l e"], ...] = ()  # and values, of each block, the mixer's first; or blocks make them
 
 
 class Stream(NamedTuple):
@@ -105,20 +106,20 @@ class Block(nn.Module):
         self.cross_attn = layers.CrossAttention(dim, c.head_dim, eps=c.norm_eps, bias=c.use_bias)
         self.norm2 = layers.layer_norm(dim, c.norm_eps)
         self.norm3 = layers.layer_norm(dim, c.norm_eps)
-        self.mlp: nn.Module = (
-            ExpertChoiceMoE(dim, ffn_ratio, c.multiple_of, c.num_experts, c.expert_capacity)
-            if experts
-            else layers.SwiGLU(dim, ffn_ratio, c.multiple_of, bias=c.use_bias)
-        )
+        if experts:
+            self.mlp: nn.Module = ExpertChoiceMoE(dim, ffn_ratio, c.multiple_of, c.num_experts, c.expert_capacity)
+        else:
+            self.mlp = layers.SwiGLU(dim, ffn_ratio, c.multiple_of, bias=c.use_bias)
         self.adaLN_modulation = layers.Modulation(c.dim, dim, 6)
 
     def forward(
-        self, stream: Stream, text: Float[Tensor, "b l d"], cond: Float[Tensor, "b c"], mask: Bool[Tensor, "b l"] | None
-    ) -> Stream:
+        self, stream: Stream, text: Float[Tensor, "b l d"], cond: Float[Tensor, "b c"],
+        mask: Bool[Tensor, "b l"] | None, keys: Float[Tensor, "b l e"] | None = None,
+    ) -> Stream:  # fmt: skip
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond)
         x, normed = add_norm(*stream, self.norm1.weight, shift1, scale1, eps=self.norm1.eps)
         x, normed = add_norm(x, self.attn(normed), gate1, self.norm2.weight, eps=self.norm2.eps)
-        attended = self.cross_attn(normed, text, mask)
+        attended = self.cross_attn(normed, text, mask, keys)
         x, normed = add_norm(x, attended, None, self.norm3.weight, shift2, scale2, eps=self.norm3.eps)
         return Stream(x, self.mlp(normed), gate2)
 
@@ -162,17 +163,17 @@ class DiT(nn.Module):
         """Patches of one image."""
         return self.config.grid[0] * self.config.grid[1]
 
-    def encode_text(self, text: Float[Tensor, "*b l c"], text_mask: Bool[Tensor, "b l"] | None = None) -> EncodedText:
-        """Refine and pool the caption; `text` may carry a singleton second axis: (b, 1, l, c)."""
-        if text.ndim == 4:
-            text = text.squeeze(1)
+    def encode_text(
+        self, text: Float[Tensor, "*b l c"], text_mask: Bool[Tensor, "b l"] | None = None, *, keys: bool = False
+    ) -> EncodedText:
+        """Refine and pool the caption, which may carry a singleton second axis, (b, 1, l, c); with `keys` if asked."""
         mask = text_mask if self.config.text_mask == "padding" else None
-        tokens = self.y_emb_preprocess(self.y_embedder(text), mask)
-        if mask is None:
-            mean = tokens.mean(dim=1)
-        else:
-            mean = (tokens * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
-        return EncodedText(tokens, self.patch_mixer_map_y(tokens), self.pooled_y_emb_process(mean), mask)
+        tokens = self.y_emb_preprocess(self.y_embedder(text.flatten(0, -3)), mask)
+        mean = tokens.mean(1) if mask is None else (tokens * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+        encoded = EncodedText(tokens, self.patch_mixer_map_y(tokens), self.pooled_y_emb_process(mean), mask)
+        seen = ((self.patch_mixer, encoded.mixer_tokens), (self.blocks, tokens)) if keys else ()
+        kvs = ((block.get_submodule("cross_attn.kv_linear"), text) for blocks, text in seen for block in blocks)
+        return encoded._replace(keys=tuple(kv(text) for kv, text in kvs))
 
     def forward(
         self, x: Float[Tensor, "b c h w"], noise_label: Float[Tensor, " b"],
@@ -187,9 +188,10 @@ class DiT(nn.Module):
         encoded = text if isinstance(text, EncodedText) else self.encode_text(text, text_mask)
         cond = self.t_embedder(noise_label) + encoded.pooled
 
+        keys = iter(encoded.keys)
         stream = self.stream(self.patch_mixer_map_xin(self.x_embedder(x) + self.pos_embed))
         for block in self.patch_mixer:
-            stream = block(stream, encoded.mixer_tokens, cond, encoded.mask)
+            stream = block(stream, encoded.mixer_tokens, cond, encoded.mask, next(keys, None))
         patches = stream.settled()
 
         mask = None
@@ -200,13 +202,12 @@ class DiT(nn.Module):
 
         stream = self.stream(self.patch_mixer_map_xout(patches))
         for block in self.blocks:
-            stream = block(stream, encoded.tokens, cond, encoded.mask)
+            stream = block(stream, encoded.tokens, cond, encoded.mask, next(keys, None))
         pixels = self.final_layer(stream.settled(), cond)
 
-        if mask is None:
-            return Prediction(self.unpatchify(pixels))
-        pixels = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
-        return Prediction(self.unpatchify(pixels), mask.dropped)
+        if mask is not None:
+            pixels = scatter_patches(pixels, mask.kept, self.mask_token, self.num_patches)
+        return Prediction(self.unpatchify(pixels), mask and mask.dropped)
 
     def stream(self, x: Float[Tensor, "b t d"]) -> Stream:
         """The residual stream begins."""

@@ -84,9 +84,11 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=bias)
 
     def forward(
-        self, x: Float[Tensor, "b t d"], text: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None
-    ) -> Float[Tensor, "b t d"]:
-        k, v = self.kv_linear(text).chunk(2, dim=-1)
+        self, x: Float[Tensor, "b t d"], text: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"] | None,
+        keys: Float[Tensor, "b l e"] | None = None,
+    ) -> Float[Tensor, "b t d"]:  # fmt: skip
+        """`keys` are keys and values, `kv_linear(text)`, if they are known already."""
+        k, v = (self.kv_linear(text) if keys is None else keys).chunk(2, dim=-1)
         return self.proj(attend(self.q_linear(x), k, v, head_dim=self.head_dim, eps=self.eps, mask=mask))
 
 

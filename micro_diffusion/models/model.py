@@ -1,5 +1,6 @@
 """Text to picture: the transformer with its objective, its text encoder and its autoencoder."""
 
+import functools
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -49,6 +50,7 @@ class LatentDiffusion(nn.Module):
         self.dit, self.objective = dit, objective
         self.text_length, self.precision = text_length, precision
         self.train_mask_ratio, self.precomputed_latents = train_mask_ratio, precomputed_latents
+        self.compiled = False
         self._loaders: Mapping[str, Callable[[], nn.Module]] = {"vae": load_vae, "text_encoder": load_text_encoder}
 
     @classmethod
@@ -101,32 +103,33 @@ class LatentDiffusion(nn.Module):
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
 
+    def compile_transformer(self) -> None:
+        """For many pictures: a minute or two at the first call, faster then; on CUDA as a CUDA graph.
+
+        One shape is compiled: from now on `generate` calls the network for `batch_size` pictures however few there are
+        (give as few), and captions are padded to the most tokens.
+        """
+        self.dit.compile(mode="reduce-overhead" if self.device.type == "cuda" else None, dynamic=False)
+        self.compiled = True
+
     def encode_prompts(self, prompts: Captions, attention_mask: Tokens | None = None) -> TextFeatures:
         """Text features of prompts or their tokens, of the length that the transformer was trained with, if fixed."""
         states, mask = self.text_encoder.encode(prompts, attention_mask)
-        whole = self.dit.config.text_mask == "none"  # where all positions count, their number must not depend on others
+        # where all positions count, or the shape is compiled, their number must not depend on others
+        whole = self.compiled or self.dit.config.text_mask == "none"
         length = self.text_length or (self.text_encoder.max_length if whole else states.shape[1])
         missing = length - states.shape[1]  # below zero cuts
         return TextFeatures(F.pad(states, (0, 0, 0, missing)), F.pad(mask, (0, missing)))
 
     @torch.no_grad()
     def generate(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        tokenized_prompts: Tokens | None = None,
-        *,
-        attention_mask: Tokens | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_inference_steps: int = 30,
-        guidance_scale: float = 5.0,
-        guidance_interval: tuple[float, float] | None = None,
-        sampler: str = "heun",
-        seed: Seed = None,
-        noise: Float[Tensor, "b c h w"] | None = None,
-        return_only_latents: bool = False,
-        batch_size: int = 16,
+        self, prompt: str | Sequence[str] | None = None, tokenized_prompts: Tokens | None = None, *,
+        attention_mask: Tokens | None = None, negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 30, guidance_scale: float = 5.0, sampler: str = "heun",
+        guidance_interval: tuple[float, float] | None = None, seed: Seed = None,
+        noise: Float[Tensor, "b c h w"] | None = None, return_only_latents: bool = False, batch_size: int = 16,
         on_step: OnStep | None = None,
-    ) -> Float[Tensor, "b channels height width"]:
+    ) -> Float[Tensor, "b channels height width"]:  # fmt: skip
         """Pictures in [0, 1], one a prompt, or their latents; `batch_size` at a time.
 
         Prompts may come as tokens, (b, l) or (b, 1, l), with the mask that `tokenizer.tokenize` gives. Picture i starts
@@ -154,6 +157,7 @@ class LatentDiffusion(nn.Module):
                 negative=None if negatives is None else self.encode_prompts(negatives[part]),
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
                 guidance_interval=guidance_interval, sampler=sampler, precision=self.precision, on_step=on_step,
+                pad_to=batch_size if self.compiled else 0,
             )  # fmt: skip
             results.append(latents if vae is None else vae.decode(latents))
         return torch.cat(results)
@@ -186,19 +190,11 @@ class LatentDiffusion(nn.Module):
 
 
 def create_latent_diffusion(
-    vae_name: str = SDXL,
-    text_encoder_name: str = DFN5B,
-    *,
-    dit_arch: str = "MicroDiT_XL_2",
-    latent_res: int = 32,
-    in_channels: int = 4,
-    pos_interp_scale: float = 1.0,
-    dtype: str = "bfloat16",
-    precomputed_latents: bool = True,
-    p_mean: float = -0.6,
-    p_std: float = 1.2,
-    train_mask_ratio: float = 0.0,
-) -> LatentDiffusion:
+    vae_name: str = SDXL, text_encoder_name: str = DFN5B, *,
+    dit_arch: str = "MicroDiT_XL_2", latent_res: int = 32, in_channels: int = 4, pos_interp_scale: float = 1.0,
+    dtype: str = "bfloat16", precomputed_latents: bool = True,
+    p_mean: float = -0.6, p_std: float = 1.2, train_mask_ratio: float = 0.0,
+) -> LatentDiffusion:  # fmt: skip
     """A new model with random weights and the paper's parts.
 
     Captions are masked ("padding") but with OpenCLIP, whose released models attend to all 77 positions, or where the
@@ -226,9 +222,12 @@ def sample_latents(
     dit: DiT, objective: EDM | Flow, text: TextFeatures, noise: Float[Tensor, "b c h w"], *,
     negative: TextFeatures | None = None, num_inference_steps: int = 30, guidance_scale: float = 5.0,
     guidance_interval: tuple[float, float] | None = None, sampler: str = "heun", precision: str = "bf16",
-    on_step: OnStep | None = None,
+    on_step: OnStep | None = None, pad_to: int = 0,
 ) -> Float[Tensor, "b c h w"]:  # fmt: skip
-    """Latents from unit noise; guided away from `negative`, which is the null caption by default."""
+    """Latents from unit noise; guided away from `negative`, which is the null caption by default.
+
+    The network is called as for `pad_to` pictures at least; only it sees the surplus.
+    """
     sample = choose(SAMPLERS, sampler, "sampler")
     if num_inference_steps < 1:
         raise UserError(f"{num_inference_steps} sampling steps are too few; one is the least.")
@@ -238,8 +237,11 @@ def sample_latents(
         negative = null_caption(*text, torch.ones(len(noise), dtype=torch.bool, device=noise.device))
 
     def denoiser(features: TextFeatures) -> Denoiser:
-        network = text_network(dit, features, precision=precision)
-        return lambda x, level: objective.denoise(network, x, level).sample
+        count = len(features.mask)
+        rows = torch.arange(max(count, count // len(noise) * pad_to), device=noise.device).clamp(max=count - 1)
+        padded = TextFeatures(*(each[rows] for each in features))
+        network = functools.cache(lambda: text_network(dit, padded, precision=precision, keys=True))  # if it is called
+        return lambda x, level: objective.denoise(network(), x[rows], level[rows]).sample[:count]
 
     both = TextFeatures(*(pad_sequence([*a, *b], batch_first=True) for a, b in zip(text, negative, strict=True)))
     denoise = guided(denoiser(text), denoiser(both), scale=guidance_scale, interval=guidance_interval)
@@ -249,17 +251,18 @@ def sample_latents(
 
 def text_network(
     dit: DiT, text: TextFeatures, *, precision: str, mask_ratio: float = 0.0,
-    mask_noise: Float[Tensor, "b t"] | None = None,
+    mask_noise: Float[Tensor, "b t"] | None = None, keys: bool = False,
 ) -> Network:  # fmt: skip
     """The transformer as an objective calls it: with its text, encoded once, and its precision fixed.
 
-    Weights in bfloat16 compute in bf16 on every device.
+    `keys` keeps each block's keys and values of the text, for many calls. Weights in bfloat16 compute in bf16 on every
+    device.
     """
     device = text.states.device
     if device.type != "cuda":
         precision = "bf16" if dit.x_embedder.proj.weight.dtype == torch.bfloat16 else "float32"
     with autocast(device, precision):
-        encoded = dit.encode_text(*text)
+        encoded = dit.encode_text(*text, keys=keys)
     return conditioned(dit, encoded, precision=precision, mask_ratio=mask_ratio, mask_noise=mask_noise)
 
 

@@ -92,6 +92,18 @@ def test_a_picture_a_file_with_its_prompt_and_seed_in_it(painter: Painter, tmp_p
         assert picture.getpixel((0, 0)) == (11, 11, 11)
 
 
+@pytest.mark.parametrize(("count", "at_once"), [(2, 2), (5, 3)])
+def test_no_more_are_drawn_at_once_than_there_are(
+    count: int, at_once: int, painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled model draws as many as its `batch_size` says, whatever there is."""
+    asked = list[int]()
+    generate = painter.generate
+    monkeypatch.setattr(painter, "generate", lambda *a, **k: asked.append(k["batch_size"]) or generate(*a, **k))
+    Generate(Path("m"), ("a cat",) * count, out=tmp_path, batch_size=3)()
+    assert set(asked) == {at_once}
+
+
 def test_two_fills_make_a_table(painter: Painter, tmp_path: Path) -> None:
     Generate(Path("m"), template="{}, in {} style", fill=("a cat|a dog", "noto|twemoji|x"), out=tmp_path)()
     with Image.open(tmp_path / "grid.png") as table:

@@ -73,6 +73,14 @@ def test_a_picture_depends_on_its_own_seed_only(model: LatentDiffusion, tmp_path
     assert other.values() != alone.values() and len(whole) == 7
 
 
+def test_no_more_are_drawn_at_once_than_there_are(model: LatentDiffusion, tmp_path: Path, monkeypatch: Any) -> None:
+    asked, generate = list[int](), model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: asked.append(k["batch_size"]) or generate(*a, **k))
+    draw(model, tmp_path / "some", prompts=PROMPTS[:4], batch_size=3)
+    draw(model, tmp_path / "all", prompts=PROMPTS[:2], batch_size=16)
+    assert asked == [3, 3, 2]  # the last of three too: a compiled model pads it
+
+
 def test_what_is_there_stays_and_what_is_missing_is_drawn_the_same(model: LatentDiffusion, tmp_path: Path) -> None:
     before = draw(model, tmp_path / "o")
     (tmp_path / "o" / "000001.png").unlink(), (tmp_path / "o" / "000006.png").unlink()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from benchmarks.one_hot import OneHotMoE, use_one_hot_experts
 from micro_diffusion.models.dit import DiT, resized
+from micro_diffusion.models.layers import CrossAttention
 from micro_diffusion.models.masking import null_caption
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.models.pos_embed import sincos_2d
@@ -232,6 +233,20 @@ def test_text_may_be_encoded_before_and_carry_an_axis() -> None:
     wanted = dit(x, label, text, text_mask=MASK).sample
     assert torch.equal(dit(x, label, dit.encode_text(text, MASK)).sample, wanted)
     assert torch.equal(dit(x, label, text[:, None], text_mask=MASK).sample, wanted)
+
+
+@pytest.mark.parametrize("text_mask", ["padding", "none"])
+@pytest.mark.parametrize("mixer", [True, False])
+def test_keys_and_values_of_the_text_may_be_known(text_mask: str, mixer: bool) -> None:
+    dit = make(text_mask=text_mask, use_patch_mixer=mixer)
+    x, label, text = inputs(dit)
+    wanted, known = dit(x, label, text, text_mask=MASK).sample, dit.encode_text(text, MASK, keys=True)
+    assert len(known.keys) == len(dit.patch_mixer) + len(dit.blocks) and not dit.encode_text(text, MASK).keys
+    for module in dit.modules():
+        if isinstance(module, CrossAttention):
+            torch.nn.init.zeros_(module.kv_linear.weight)  # not needed again
+    assert torch.equal(dit(x, label, known).sample, wanted)
+    assert not torch.equal(dit(x, label, known._replace(keys=())).sample, wanted)
 
 
 def test_pooled_text_is_the_mean_of_the_words() -> None:

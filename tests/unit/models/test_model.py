@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_parts import CHANNELS, TEXT_WIDTH, dit_config, write_autoencoder, write_text_encoder
 
-from micro_diffusion.diffusion.objectives import EDM, Flow
+from micro_diffusion.diffusion.objectives import EDM, Flow, Prediction
+from micro_diffusion.diffusion.samplers import SAMPLERS
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
 from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 from micro_diffusion.models.dit import DiT
@@ -135,6 +137,68 @@ def test_a_negative_prompt_may_be_longer_or_shorter() -> None:
     for text, negative in ((long, short), (short, long)):
         cond, uncond = (sample(each, each, 1.0) for each in (text, negative))
         torch.testing.assert_close(sample(text, negative, 3.0), uncond + 3 * (cond - uncond), atol=1e-4, rtol=1e-4)
+
+
+class Watched(DiT):
+    """Notes the shapes of its calls; like a CUDA graph, overwrites what it answered before."""
+
+    def __init__(self, like: DiT) -> None:
+        super().__init__(like.config)
+        self.load_state_dict(like.state_dict())
+        self.shapes, self.answers = list[tuple[int, int]](), dict[int, torch.Tensor]()
+
+    def forward(self, x: torch.Tensor, noise_label: torch.Tensor, text: Any, **settings: Any) -> Prediction:
+        self.shapes.append((len(x), text.tokens.shape[1]))
+        sample = super().forward(x, noise_label, text, **settings).sample
+        for answer in self.answers.values():
+            answer.fill_(torch.nan)
+        return Prediction(self.answers.setdefault(len(x), torch.empty_like(sample)).copy_(sample))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("objective", [EDM(), Flow()])
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}, {"guidance_interval": (0.3, 2.0)}])
+def test_what_the_network_answered_is_not_needed_after_its_next_call(
+    sampler: str, objective: EDM | Flow, settings: dict[str, Any]
+) -> None:
+    dit, noise = random_dit(), torch.randn(2, CHANNELS, 8, 12)
+    text = TextFeatures(torch.randn(2, 3, TEXT_WIDTH), torch.ones(2, 3, dtype=torch.bool))
+    settings |= {"sampler": sampler, "num_inference_steps": 4}
+    found = sample_latents(Watched(dit), objective, text, noise, **settings)
+    assert torch.equal(found, sample_latents(dit, objective, text, noise, **settings))
+
+
+@pytest.mark.parametrize("text_mask", ["padding", "none"])
+def test_a_compiled_network_sees_one_shape(parts: tuple[str, str], text_mask: str) -> None:
+    """With the last batch padded, captions too; pictures are the same, and `on_step` sees those alone."""
+    model, states = make(parts, text_mask=text_mask), list[int]()
+    model.dit = Watched(model.dit)
+
+    def draw(count: int = 3, **settings: Any) -> torch.Tensor:
+        return model.generate(
+            PROMPTS[:count], seed=3, num_inference_steps=2, batch_size=2, return_only_latents=True, **settings
+        )
+
+    def note(step: int, level: float, state: torch.Tensor) -> torch.Tensor:
+        states.append(len(state))
+        return state
+
+    few = {"guidance_interval": (0.1, 1.0)}
+    wanted = [draw(), draw(negative_prompt="a"), draw(1), draw(**few)]
+    assert len(set(model.dit.shapes)) > 2
+    asked = dict[str, Any]()
+    model.dit.compile = asked.update  # type: ignore[method-assign, assignment]
+    model.compile_transformer()
+    assert asked == {"mode": None, "dynamic": False}  # on CUDA: graphs
+    model.dit.shapes.clear()
+    most = model.text_encoder.max_length
+    found = [draw(on_step=note), draw(negative_prompt="a"), draw(1)]
+    assert set(model.dit.shapes) == {(4, most)}
+    found.append(draw(**few))
+    assert set(model.dit.shapes) == {(4, most), (2, most)}
+    assert states == [2, 2, 1, 1]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
 def test_captions_get_the_length_of_training(parts: tuple[str, str]) -> None:
