@@ -461,10 +461,10 @@ def launch(case: Case, args: argparse.Namespace, gpus: Sequence[str], seconds: f
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # `train` sees what torchrun would tell it, but for the GPU, which is the only one and so the first
+    # what torchrun would tell; a rank's own GPU is the only one that it sees, and so the first
     local = max(1, case.ranks // 2) if case.mode == "hybrid" else case.ranks
     shared = os.environ | {
-        "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(local), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": str(case.ranks), "LOCAL_WORLD_SIZE": str(local), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8"),
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.scaling", *sys.argv[1:], "--case", case.name]
@@ -472,7 +472,9 @@ def launch(case: Case, args: argparse.Namespace, gpus: Sequence[str], seconds: f
     command += ["--warming"] if args.warming else []
     begun, ranks, trouble = time.monotonic(), list[subprocess.Popen[bytes]](), ""
     for rank in range(case.ranks):
-        own = {"RANK": str(rank)} | ({"CUDA_VISIBLE_DEVICES": gpus[rank]} if args.gpu else {})
+        own = {"RANK": str(rank), "LOCAL_RANK": "0" if args.own_gpu else str(rank)}
+        if args.gpu:
+            own["CUDA_VISIBLE_DEVICES"] = gpus[rank] if args.own_gpu else ",".join(gpus)
         ranks.append(subprocess.Popen(command, env=shared | own))
     while any(each.poll() is None for each in ranks) and not trouble:
         time.sleep(0.2)
@@ -563,6 +565,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="of the store")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--own-gpu", action=argparse.BooleanOptionalAction, default=True,
+                        help="each process sees its GPU alone, and shares what others compiled")  # fmt: skip
     parser.add_argument("--side-by-side", action="store_true")
     parser.add_argument("--split", action=argparse.BooleanOptionalAction, help="DDPOptimizer; default: as the package")
     parser.add_argument(
