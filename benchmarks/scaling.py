@@ -456,8 +456,9 @@ def write_row(case: Case, args: argparse.Namespace, row: Mapping[str, Any]) -> N
 
 def launch(case: Case, args: argparse.Namespace, gpus: Sequence[str], seconds: float) -> dict[str, Any]:
     """The row of a case, from one process a rank; what there was of it if it fails or takes too long."""
-    path = row_path(case, args)
+    path, run = row_path(case, args), Path(args.scratch) / f"run-{case.file}"
     path.unlink(missing_ok=True)
+    shutil.rmtree(run, ignore_errors=True)  # of a benchmark that was killed: it would go on from there
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -487,7 +488,7 @@ def launch(case: Case, args: argparse.Namespace, gpus: Sequence[str], seconds: f
         if each.poll() is None:  # its loader's workers see that, and end
             each.kill()
             each.wait()
-    shutil.rmtree(Path(args.scratch) / f"run-{case.file}", ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)
     row: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     if trouble and not (args.warming and row):
         row["failed"] = trouble
@@ -505,7 +506,10 @@ def measure_all(args: argparse.Namespace) -> None:
     cases = ordered(args.stages, args.ranks, args.modes)
     Path(args.scratch).mkdir(parents=True, exist_ok=True)
     if not (store := Path(args.scratch) / "store").exists():
-        write_store(store, rows=args.rows, tokens=TEXT_LENGTH, resolutions=(256, 512), dtype="float16")
+        unfinished = store.with_name("store-unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        write_store(unfinished, rows=args.rows, tokens=TEXT_LENGTH, resolutions=(256, 512), dtype="float16")
+        unfinished.rename(store)
         print(f"store: {time.monotonic() - begun:.0f} s", flush=True)
 
     def left() -> float:
