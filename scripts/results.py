@@ -247,6 +247,43 @@ def parallel(data: Any) -> list[list[Row]]:
     ]]  # fmt: skip
 
 
+def scaling(data: Any) -> list[list[Row]]:
+    """Each case of benchmarks/scaling.py; then the paper's whole run from these, and as it is planned."""
+
+    def case(name: str, row: Mapping[str, Any]) -> Row:
+        stage, ranks, mode = name.split()
+        pixels, mask = stage.split(":")
+        return {
+            "stage": f"{pixels} px, mask {mask}", "GPUs": ranks[1:], "mode": mode,
+            "images/s": measured(row.get("images_per_second")),
+            **{f"of as many {base} ones": f"{row[key]:.1%}" if (key := f"efficiency_against_{base}") in row else ""
+               for base in ("single", "whole")},
+            "micro-batch": str(row.get("micro_batch", "")),
+            "peak memory": measured(max(row.get("peak_gb", [0])) or None, " GB"),
+            "a row of the log": f"{1000 * row['row_seconds']:.0f} ms" if "row_seconds" in row else "",
+            "checkpoint": measured(row.get("checkpoint_gb"), " GB"),
+            "training loses, first and second": ", ".join(measured(each, " s") for each in row.get("lost_seconds", ())),
+            "at one in 10 minutes": measured(row.get("checkpoint_percent_at_one_in_600_s"), " %"),
+            "first step": measured(row.get("first_step_seconds"), " s"),
+            "beside others": str(row.get("beside", "")),
+            "ended early": row.get("failed", ""),
+        }  # fmt: skip
+
+    def run(row: Mapping[str, Any]) -> Row:
+        stages = " + ".join(number(hours) for hours in row["stage_hours"].values())
+        planned, dollars = row.get("planner"), row["dollars"]
+        return {
+            "GPUs": str(row["gpus"]), "mode": row["mode"], "hours of the stages": stages, "hours": number(row["hours"]),
+            "GPU-hours": number(row["gpu_hours"]), "dollars": number(dollars) if dollars else "",
+            "an hour of a GPU": f"${row['price']:.2f}" if row["price"] else "",
+            "planned hours": number(planned["hours"]) if planned else "",
+            "planned dollars": number(planned["dollars"]) if planned and planned["dollars"] else "",
+            "hours / planned": f"{row['hours'] / planned['hours']:.2f}" if planned else "",
+        }  # fmt: skip
+
+    return [[case(*each) for each in data["cases"].items()], [run(row) for row in data["whole_run"]]]
+
+
 def encode(data: Any) -> list[list[Row]]:
     waits = {kind: f"{data[f'wait_share_{kind}']:.2%}" for kind in ("float16", "int8")}
     speed = {"256 and 512 px in one pass, images/s": number(data["encode_images_per_second"])}
@@ -302,7 +339,7 @@ TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "text_keys": twins, "scores": scores, "tune": tune,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
-    "fp8": fp8,
+    "fp8": fp8, "scaling": scaling,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 
