@@ -16,7 +16,8 @@ Compiling is most of the time, so blocks are compiled one by one in every case, 
 as `train` does on one GPU), and each process sees its own GPU alone, as the first: a graph's name in Inductor's cache
 has the number of its GPU. All cases of a stage then share graphs (DDP's not with --split, which lets Dynamo cut them
 where gradients fill a bucket; the package does not, since blocks are compiled one by one). Graphs are compiled first,
-by one process a stage, side by side on as many GPUs (--warm); each row has `first_step_seconds` and the hits and misses of the cache.
+by one process a stage, side by side on as many GPUs (--warm); each row has `first_step_seconds` and the hits and misses
+of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.
