@@ -16,6 +16,15 @@ class UserError(Exception):
     exit_code = 2
 
 
+@contextlib.contextmanager
+def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Make errors of these kinds UserErrors; `{}` in the message is what the error says."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(message.replace("{}", str(error))) from error
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     with Path(path).open("rb") as file:
@@ -40,7 +49,7 @@ def atomic_file(final: Path, *, shared: bool = False) -> Iterator[Path]:
         sync(temporary)
         temporary.replace(final)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     sync(final.parent)
 
@@ -52,24 +61,17 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     What a killed run left under the temporary name is removed first. An existing `final` is replaced: it is moved aside
     for the moment between two renames, so names that are never reused (a step number) are safer than a fixed one.
     """
-    final = Path(final)
-    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
+    with atomic_file(final) as temporary:
+        _remove(temporary)
+        temporary.mkdir(parents=True)
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
+        for path in temporary.rglob("*"):
             sync(path)
-        aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
         if final.exists():
             _remove(aside)
             final.rename(aside)
-        temporary.rename(final)
-        _remove(aside)
-    except BaseException:
-        _remove(temporary)
-        raise
-    sync(final.parent)
+    _remove(aside)
 
 
 def remove_leftovers(folder: Path) -> None:
