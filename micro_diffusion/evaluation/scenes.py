@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from micro_diffusion.data.sources.emoji_scenes import TASKS, Scene, compose, scenes
+from micro_diffusion.data.sources.emoji_scenes import TASKS, Scene, scene_picture, scenes
 from micro_diffusion.evaluation.geneval import Detection, task_scores, verdict
 from micro_diffusion.evaluation.judges import BLOCK, FOLDER, STRIDE, Detector, load_network, to_tensor
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
@@ -40,7 +40,7 @@ class ScenesBenchmark:
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """A scene that a prompt asks for, composed."""
-        return compose(self.scenes[truth["scene"]])[0]
+        return scene_picture(self.scenes[truth["scene"]])
 
     def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
         """Shares of pictures right, by task, and beside them those of true pictures: what the detector lets through."""
