@@ -4,7 +4,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -59,8 +59,8 @@ class SourceOptions:
     @property
     def chosen(self) -> dict[str, object]:
         """The options that are not as they come, by name."""
-        pairs = ((option.name, getattr(self, option.name)) for option in fields(SourceOptions))
-        return {name: value for name, value in pairs if value != getattr(SourceOptions, name)}
+        options = vars(SourceOptions()).items()
+        return {name: getattr(self, name) for name, default in options if getattr(self, name) != default}
 
     def open(self, source: str) -> "Iterator[Record]":
         """The source's records; UserError for a source that is not there or an option that it has no use for."""
@@ -136,10 +136,6 @@ class Prepare(SourceOptions):
     engine: Literal["local", "ray"] = "local"
     """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
 
-    def records(self) -> "Iterator[Record]":
-        """The source's records."""
-        return self.open(self.source)
-
     def __call__(self) -> None:
         from torch import cuda
 
@@ -169,7 +165,7 @@ class Prepare(SourceOptions):
         from micro_diffusion.models.text_encoders import load_text_encoder
         from micro_diffusion.runtime.device import pick_device
 
-        records, device = self.records(), pick_device(self.device)
+        records, device = self.open(self.source), pick_device(self.device)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         autoencoder = load_autoencoder(self.autoencoder, device=device, dtype=dtype)
         text_encoder = load_text_encoder(self.text_encoder, device=device)

@@ -218,9 +218,9 @@ class _Work:
             if not missing:
                 return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
-            counts = dict(sorted(filtered.items()))
-            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, self.rejects[before:], counts)
-            part = replace(old or new, files={**(old.files if old else {}), **hashes})
+            rejects = self.rejects[before:]
+            part = old or PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, dict(filtered))
+            part = replace(part, files={**part.files, **hashes})
             if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
                 write_atomic(self.out / "store.json", layout.to_json(self.info))
             folder.mkdir(exist_ok=True)
@@ -252,10 +252,9 @@ class _Work:
         if len(self.rejects) > self.max_rejected * among:
             counts = Counter(reject["reason"] for reject in self.rejects).most_common()
             reasons = ", ".join(f"{count} times {reason}" for reason, count in counts)
-            raise UserError(
-                f"{len(self.rejects)} of {self.records} records were rejected ({reasons}), more than "
-                f"{self.max_rejected:.0%}; they are listed in {_write_rejects(self.out, self.rejects)}."
-            )
+            found = f"{len(self.rejects)} of {self.records} records were rejected ({reasons})"
+            listed = _write_rejects(self.out, self.rejects)
+            raise UserError(f"{found}, more than {self.max_rejected:.0%}; they are listed in {listed}.")
 
     def _write(self, folder: Path, files: Collection[str], samples: Iterator[Sample], splits: Counter[str]) -> None:
         """Encode samples batch by batch; a thread waits for the device and writes while the next batch is encoded."""

@@ -48,7 +48,6 @@ def draw_prompts(
     mine = [part for part in parts if not all(file.is_file() for file in files[part])][world.rank :: world.size]
     world.agree()  # all have looked before any file is written
     if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         write_atomic(out / GENERATION, json.dumps(made, indent=2) + "\n")
         write_atomic(out / PROMPTS, prompts_text(prompts))

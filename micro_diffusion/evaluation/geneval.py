@@ -233,12 +233,11 @@ def clip_colours(place: str, device: torch.device) -> tuple[Callable[[Image.Imag
     library, groups = pretrained.optional_package("open_clip"), [[file] for file in openclip.WEIGHTS]
     folder = pretrained.part_folder(place, openclip.FILES, weights=groups)
     files = pretrained.weight_files("CLIP", folder, groups)
-    try:
+    kinds = OSError, ValueError, TypeError, RuntimeError, KeyError
+    with user_error(f"The CLIP in {folder} does not load ({{}}).", *kinds, told=pretrained.first_line):
         model, _, prepare = library.create_model_and_transforms(f"local-dir:{folder}", device=device)
         tokenizer = library.get_tokenizer(f"local-dir:{folder}")
         vision = library.get_model_config(f"local-dir:{folder}")["vision_cfg"]
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"The CLIP in {folder} does not load ({pretrained.first_line(error)}).") from error
     model.eval()
 
     @torch.inference_mode()

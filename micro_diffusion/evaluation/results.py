@@ -33,13 +33,7 @@ class Point(NamedTuple):
 
 def write_report(out: Path, points: Mapping[str, Point]) -> None:
     """Write results.json and report.html of points that the same metrics scored, such as those of a guidance sweep."""
-    out.mkdir(parents=True, exist_ok=True)
     results, sections, first = {}, {}, next(iter(points.values()))
-    for label, point in points.items():
-        scores = {name: dict(vars(scores)) for name, scores in point.scores.items()}
-        for told in scores.values():
-            del told["true"]  # pictures
-        results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
     for name in first.scores:
         scored = [point.scores[name] for point in points.values()]
         rows = {key: [f"{of.numbers[key]:.4g}" for of in scored] for key in scored[0].numbers}
@@ -49,6 +43,10 @@ def write_report(out: Path, points: Mapping[str, Point]) -> None:
     if len(points) > 1:
         sections["Guidance"] = _curves(list(points.values()))
     for label, point in points.items():
+        scores = {name: dict(vars(scores)) for name, scores in point.scores.items()}
+        for told in scores.values():
+            del told["true"]  # pictures
+        results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
         sections[f"Pictures, {label}"] = _examples(point) + report.facts(point.made)
     lead = f"Pictures of {first.made.get('model', 'a folder')}."
     write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
@@ -131,7 +129,6 @@ def compare(first: Path, second: Path, out: Path) -> dict[str, list[str]]:
         raise UserError(f"{first} and {second} have no number in common: evaluate both in the same way.")
     numbers = report.table([*heads, "difference"], rows) + "".join(map(report.paragraph, said))
     sections = {"Numbers": numbers, "Pictures": body}
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / COMPARISON, report.html_page("Comparison", "Two evaluations side by side.", sections))
     return rows
 

@@ -46,16 +46,15 @@ class ScenesBenchmark:
         """Shares of pictures right, by task, and beside them those of true pictures: what the detector lets through."""
         truths = [prompt.truth for prompt in pictures.prompts or []]
         detector = cast(Detector, load_network("detector")).to(device)
-        batches = pictures.batches(BLOCK)
-        drawn = [verdict(t, f) for t, f in zip(truths, (f for b in batches for f in find(detector, b)), strict=True)]
+        found = (each for batch in pictures.batches(BLOCK) for each in find(detector, batch))
+        drawn = [verdict(truth, each) for truth, each in zip(truths, found, strict=True)]
         true = [self.true_picture(truth) for truth in truths]
         ceiling = task_scores(truths, list(map(verdict, truths, find(detector, true))))
         numbers = task_scores(truths, drawn)
         numbers |= {f"{task}, true pictures": share for task, share in ceiling.items()}
         network = f"embedded detector (sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px"
         asked = f"{len(truths)} prompts, compositions held out but for single objects, a picture each"
-        each = {"right": [float(one.correct) for one in drawn]}
-        notes = [one.reason for one in drawn]
+        each, notes = {"right": [float(one.correct) for one in drawn]}, [one.reason for one in drawn]
         return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=notes, true=true)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -17,12 +17,12 @@ class UserError(Exception):
 
 
 @contextlib.contextmanager
-def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Make errors of these kinds UserErrors; `{}` in the message is what the error says."""
+def user_error(message: str, *kinds: type[Exception], told: Callable[[Exception], str] = str) -> Iterator[None]:
+    """Make errors of these kinds UserErrors; `{}` in the message is what the error says, as `told` has it."""
     try:
         yield
     except kinds as error:
-        raise UserError(message.replace("{}", str(error))) from error
+        raise UserError(message.replace("{}", told(error))) from error
 
 
 def sha256(path: Path) -> str:
@@ -39,11 +39,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(final: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `final`; on success sync it and rename it to `final`, on error remove it.
+    """Yield a temporary sibling of `final`, whose folder is made; on success sync and rename it, on error remove it.
 
     With `shared`, several processes may write the same file at once.
     """
     temporary = final.with_name(f"{TEMPORARY_PREFIX}{f'{os.getpid()}-' if shared else ''}{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         sync(temporary)
@@ -64,7 +65,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
     with atomic_file(final) as temporary:
         _remove(temporary)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
         for path in temporary.rglob("*"):
             sync(path)

@@ -124,8 +124,8 @@ def draw_scene(generator: np.random.Generator, *, task: str | None = None) -> Sc
     counts = [count] if number == 1 else [max(1, count // 2), max(1, count - count // 2)]
     groups = []
     for concept, copies in zip(concepts, counts, strict=True):
-        colour = generator.choice(tuple(COLOURS)) if tint or (task is None and generator.random() < 0.4) else None
-        groups.append(Group(concept, copies, None if colour is None else str(colour)))
+        colour = str(generator.choice(tuple(COLOURS))) if tint or (task is None and generator.random() < 0.4) else None
+        groups.append(Group(concept, copies, colour))
     style = str(generator.choice([name for name in STYLE_WORDS if all((c, name) in known() for c in concepts)]))
     place = str(generator.choice(tuple(RELATIONS))) if relation else None
     return Scene(tuple(groups), place, style, str(generator.choice(tuple(GROUNDS))), int(generator.integers(2**62)))
