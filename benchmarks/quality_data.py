@@ -17,7 +17,7 @@ from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.data.prepare import prepare
 from micro_diffusion.data.records import Record, hash_share
 from micro_diffusion.data.sources.emoji import emoji_records
-from micro_diffusion.data.sources.emoji_scenes import CONCEPTS, Scene, bitmap, scenes
+from micro_diffusion.data.sources.emoji_scenes import CONCEPTS, Scene, scene_picture, scenes
 from micro_diffusion.data.store import Store
 from micro_diffusion.evaluation.emoji import SEEN
 from micro_diffusion.models.autoencoders import load_autoencoder
@@ -70,7 +70,7 @@ def composed(data: Data, shard: int) -> Iterator[Record]:
 
         indices = range(shard, count, data.processes)
         for index, scene in zip(indices, scenes(seed, wanted=wanted, indices=indices), strict=True):
-            yield Record(f"{split}/{index}", partial(bitmap, scene), scene.captions, "emoji-scenes", split)
+            yield Record(f"{split}/{index}", partial(scene_picture, scene), scene.captions, "emoji-scenes", split)
 
     count = min(data.scenes, data.limit or data.scenes)
     yield from records(0, count, held_out=False, split="train")

@@ -59,9 +59,8 @@ class Data:
         loader = Loader([store], resolution=size, text_encoder=next(iter(info.text_encoders)), seed=0, split=split)
         chosen = random.Random(self.seed).sample(range(len(loader)), min(self.pictures, len(loader)))
         batch = loader.rows(chosen)
-        captions = dict[str, list[str]]()
-        for part in range(len(store.parts)):
-            captions.update(zip(*(store.rows(part)[name].to_pylist() for name in ("key", "captions")), strict=True))
-        drawn = grid(pictures(autoencoder.decode(batch.latents)), [captions[key][0] for key in batch.keys], columns=6)
+        tables = (store.rows(part).select(["key", "captions"]) for part in range(len(store.parts)))
+        captions = {row["key"]: row["captions"][0] for table in tables for row in table.to_pylist()}
+        drawn = grid(pictures(autoencoder.decode(batch.latents)), [captions[key] for key in batch.keys], columns=6)
         shown = figure(drawn, alt="pictures with captions", caption=f"{split}, {size} px, decoded from the latents")
         return html_page(self.store.name, info.source, {"Facts": facts(told), "Pictures": shown})

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from micro_diffusion.models.model import LatentDiffusion
     from micro_diffusion.runtime.distributed import World
 
-Make = Callable[[Mapping[str, str], Path | None], "Benchmark"]  # of the places of weights and a file of prompts
 Score = Callable[["PictureFolder"], "Scores"]
 PATIENCE = 7200.0  # seconds that ranks wait for each other
 PAPER: dict[str, Any] = {"metrics": ("fid", "clip-score"), "limit": 30_000, "resize": 256, "guidance": (5.0,)}
@@ -49,7 +48,8 @@ def geneval(weights: Mapping[str, str], prompts: Path | None) -> "Benchmark":
     return GenEval(weights, truths=read_metadata(prompts) if prompts else ())
 
 
-BENCHMARKS: dict[str, Make] = {"emoji": emoji, "scenes": scenes, "geneval": geneval}
+# each made from the places of weights and a file of prompts
+BENCHMARKS = {"emoji": emoji, "scenes": scenes, "geneval": geneval}
 
 
 @dataclass(frozen=True)

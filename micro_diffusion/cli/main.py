@@ -3,7 +3,7 @@
 import errno
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import tyro
 
@@ -28,21 +28,21 @@ INTERRUPTED, TERMINATED = 130, 143
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code is 0, 2 (the user can put it right), 3 (training gave up), 130 or 143 (stopped)."""
-    verb: Callable[[], None] = tyro.extras.subcommand_cli_from_dict(
-        VERBS, prog="micro-diffusion", description=DESCRIPTION, args=arguments
-    )
+    verb = tyro.extras.subcommand_cli_from_dict(VERBS, prog="micro-diffusion", description=DESCRIPTION, args=arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         verb()
+        return 0
     except UserError as error:
-        return _say(str(error), error.exit_code)
+        message, code = str(error), error.exit_code
     except KeyboardInterrupt:
-        return _say("Stopped; the same command goes on from here.", INTERRUPTED)
+        message, code = "Stopped; the same command goes on from here.", INTERRUPTED
     except Exception as error:
         if not disk_is_full(error):
             raise
-        return _say(DISK_FULL, UserError.exit_code)
-    return 0
+        message, code = DISK_FULL, UserError.exit_code
+    print(f"micro-diffusion: {message}", file=sys.stderr)
+    return code
 
 
 def disk_is_full(error: BaseException | None) -> bool:
@@ -53,8 +53,3 @@ def disk_is_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _say(message: str, code: int) -> int:
-    print(f"micro-diffusion: {message}", file=sys.stderr)
-    return code

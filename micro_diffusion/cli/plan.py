@@ -15,7 +15,6 @@ from micro_diffusion.runtime.files import UserError, write_atomic
 from micro_diffusion.runtime.parse import choose, read_json
 
 if TYPE_CHECKING:
-    import torch
     from rich.table import Table
 
     from micro_diffusion.planning.cost import Machine, Work
@@ -100,7 +99,7 @@ class Bench:
         device, speeds = pick_device(), dict[str, Any]()
         recipe = find_recipe(self.recipe or ("paper-37m" if device.type == "cuda" else "quickstart"))
 
-        def optimizer(dit: "torch.nn.Module") -> Any:
+        def optimizer(dit: torch.nn.Module) -> Any:
             made, loss = make_optimizer(dit, recipe), torch.zeros((), device=device)
             return lambda: guarded_step(made, loss, lr=1e-4, clip_norm=1.0)
 
@@ -108,7 +107,6 @@ class Bench:
             for _, ratio in work.spans:
                 speed = speeds[work.kind(ratio)] = measure(work, ratio, device, optimizer)
                 print(f"{work.name}, mask {ratio:g}: {speed[0] / 1e12:.3g} TFLOP/s", flush=True)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         found = {"device": device_name(device), "torch": torch.__version__, "recipe": recipe.name, "speeds": speeds}
         write_atomic(self.out, json.dumps(found, indent=2) + "\n")
         print(f"{self.out}: what 'micro-diffusion plan {recipe.name}' goes by on this machine")

@@ -4,7 +4,7 @@ import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,12 +16,13 @@ from micro_diffusion.runtime.files import UserError
 if TYPE_CHECKING:
     import torch
 
-    from micro_diffusion.data.prepare import PrepareReport, Ranks
+    from micro_diffusion.data.prepare import PrepareReport
     from micro_diffusion.data.records import Record
     from micro_diffusion.data.store import StoreInfo
     from micro_diffusion.data.stream import Stream
     from micro_diffusion.models.autoencoders import Autoencoder
     from micro_diffusion.models.text_encoders import TextEncoder
+    from micro_diffusion.runtime.distributed import World
     from micro_diffusion.training.config import Recipe
 
 AutoencoderName = Annotated[str, arg(help="embedded, a folder in diffusers format, or a name on the hub.")]
@@ -58,8 +59,8 @@ class SourceOptions:
     @property
     def chosen(self) -> dict[str, object]:
         """The options that are not as they come, by name."""
-        pairs = ((option.name, getattr(self, option.name)) for option in fields(SourceOptions))
-        return {name: value for name, value in pairs if value != getattr(SourceOptions, name)}
+        options = vars(SourceOptions()).items()
+        return {name: getattr(self, name) for name, default in options if getattr(self, name) != default}
 
     def open(self, source: str) -> "Iterator[Record]":
         """The source's records; UserError for a source that is not there or an option that it has no use for."""
@@ -135,19 +136,15 @@ class Prepare(SourceOptions):
     engine: Literal["local", "ray"] = "local"
     """ray: on a Ray cluster, whose machines all see source and store. Under torchrun: on all GPUs of this machine."""
 
-    def records(self) -> "Iterator[Record]":
-        """The source's records."""
-        return self.open(self.source)
-
     def __call__(self) -> None:
         from torch import cuda
 
-        from micro_diffusion.data.prepare import REJECTS_FILE, Ranks, ray_ranks
+        from micro_diffusion.data.prepare import REJECTS_FILE, on_ray
         from micro_diffusion.runtime.distributed import join
 
         with join("auto", timeout=PATIENCE) as world:
-            here, ray = Ranks(world.rank, world.size, world.agree), self.engine == "ray"
-            report = self.work(ray_ranks(self.work, gpus=float(cuda.is_available())) if ray else here)
+            ray = partial(on_ray, self.work, gpus=float(cuda.is_available()))
+            report = self.work(world, ray if self.engine == "ray" else None)
         if world.rank:
             return
         written = f"{report.parts_written} of them written now"
@@ -159,7 +156,7 @@ class Prepare(SourceOptions):
         for reason, count in report.filtered.items():
             print(f"  not wanted: {count:,} ({reason})")
 
-    def work(self, ranks: "Ranks") -> "PrepareReport":
+    def work(self, world: "World", helpers: "Callable[[], None] | None" = None) -> "PrepareReport":
         """Load the encoders and make the parts of this rank."""
         import torch
 
@@ -168,7 +165,7 @@ class Prepare(SourceOptions):
         from micro_diffusion.models.text_encoders import load_text_encoder
         from micro_diffusion.runtime.device import pick_device
 
-        records, device = self.records(), pick_device(self.device)
+        records, device = self.open(self.source), pick_device(self.device)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         autoencoder = load_autoencoder(self.autoencoder, device=device, dtype=dtype)
         text_encoder = load_text_encoder(self.text_encoder, device=device)
@@ -176,8 +173,8 @@ class Prepare(SourceOptions):
         info = replace(info, posterior=self.posterior, dtypes={**info.dtypes, "text": self.text_dtype})
         return prepare(records, self.out, resolutions=self.resolutions, encode_images=autoencoder.encode,
                        encode_text=text_encoder.encode, info=info, rows_per_part=self.rows_per_part,
-                       batch_size=self.batch_size, max_rejected=self.max_rejected, device=device, ranks=ranks,
-                       progress=counter())  # fmt: skip
+                       batch_size=self.batch_size, max_rejected=self.max_rejected, device=device, world=world,
+                       helpers=helpers, progress=counter())  # fmt: skip
 
 
 def counter() -> "Callable[[int, int], None] | None":

@@ -99,10 +99,8 @@ class Quickstart:
 
 def verdict(results: Mapping[str, Any]) -> str:
     """How well the pictures were learnt, in a sentence."""
-    return (
-        f"{results['nearest_is_own']:.0%} of the {results['pictures']} pictures are nearest to their own true picture; "
-        f"median PSNR {results['median_psnr_db']:.1f} dB."
-    )
+    count, own, psnr = (results[name] for name in ("pictures", "nearest_is_own", "median_psnr_db"))
+    return f"{own:.0%} of the {count} pictures are nearest to their own true picture; median PSNR {psnr:.1f} dB."
 
 
 def scaled(recipe: "Recipe", length: float) -> "Recipe":
@@ -133,7 +131,7 @@ def true_pictures(source: Prepare) -> "tuple[list[str], list[Image.Image]]":
 
     from micro_diffusion.data.records import decode_image, resize_crop
 
-    records = list(source.records())
+    records = list(source.open(source.source))
     squares = [Image.fromarray(resize_crop(decode_image(record), RESOLUTION)) for record in records]
     return [str(record.captions[0].text) for record in records], squares
 

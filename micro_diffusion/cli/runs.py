@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from tyro.conf import Positional, arg
 
-from micro_diffusion.runtime.files import UserError, write_atomic
+from micro_diffusion.runtime.files import UserError, user_error, write_atomic
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -73,11 +73,10 @@ def read_run(folder: Path, *, name: str) -> Run:
     from micro_diffusion.runtime.log import read_log
     from micro_diffusion.training.config import Recipe
 
-    try:
+    damage = f"{folder} is damaged, or no run of this version ({{}})."
+    with user_error(damage, UserError, ValueError, TypeError, KeyError):
         recipe, rows = Recipe.from_json((folder / "recipe.json").read_text()), read_log(folder / "log.jsonl")
         ended = [row["images"] for row in rows][-1:] == [recipe.images] and (folder / "model").is_dir()
-    except (UserError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} is damaged, or no run of this version ({error}).") from error
     return Run(name, recipe, rows, "finished" if ended else "unfinished")
 
 

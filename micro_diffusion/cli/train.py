@@ -72,8 +72,7 @@ class Train(SourceOptions):
         from micro_diffusion.runtime.distributed import join
         from micro_diffusion.training.parallel import make_deterministic
 
-        options = self.options
-        if options.deterministic:
+        if self.options.deterministic:
             make_deterministic()
         changes = [setting for group in self.settings for setting in group]
         recipe, weights = override(find_recipe(self.recipe), changes), None
@@ -85,11 +84,11 @@ class Train(SourceOptions):
             option = next(iter(self.chosen)).replace("_", "-")
             raise UserError(f"--{option} does nothing without --source: a store has its own.")
         stream = partial(self.stream, self.source) if self.source else None
-        with join(self.device, timeout=options.timeout) as world:
+        with join(self.device, timeout=self.options.timeout) as world:
             logging.basicConfig(format="micro-diffusion: %(message)s")
             logging.getLogger("micro_diffusion").setLevel(logging.ERROR if world.rank else logging.INFO)
             train_recipe(recipe, self.store, self.run, device=self.device, weights=weights, stream=stream, world=world,
-                         price=self.price, wandb=self.wandb, evaluate=self.evaluate, options=options)  # fmt: skip
+                         price=self.price, wandb=self.wandb, evaluate=self.evaluate, options=self.options)  # fmt: skip
         if not world.rank:
             print(f"The model is in {self.run / 'model'}; to draw: micro-diffusion generate --model {self.run} PROMPT")
 
@@ -279,12 +278,12 @@ def find_price(price: float | None, device: "torch.device") -> float | None:
     return price or None
 
 
-def first_captions(store: "Store", *, held_out: bool, count: int = SAMPLE_PROMPTS) -> list[str]:
+def first_captions(store: "Store", *, held_out: bool) -> list[str]:
     """Captions of a few rows, spread over the first part that has any of that kind."""
     for part in range(len(store.parts)):
         rows = zip(*(store.rows(part)[name].to_pylist() for name in ("captions", "split")), strict=True)
         if texts := [captions[0] for captions, split in rows if (split != "train") == held_out]:
-            return [texts[i * len(texts) // count] for i in range(min(count, len(texts)))]
+            return [texts[i * len(texts) // SAMPLE_PROMPTS] for i in range(min(SAMPLE_PROMPTS, len(texts)))]
     raise UserError(f"The store {store.path} has no rows to train on.")
 
 

@@ -73,7 +73,6 @@ def fetch(address: str, downloads: Path = DOWNLOADS, stop: threading.Event | Non
 
 def lock(file: Path) -> FileLock:
     """What keeps other processes from making the same file meanwhile; its folder is made."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(file.with_name(f"{TEMPORARY_PREFIX}{file.name}.lock"))
 
 

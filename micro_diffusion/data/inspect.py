@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from micro_diffusion.data.store import ROWS_FILE, PartInfo, Store, latents_file, part_folder, text_file
 from micro_diffusion.runtime.files import sha256
@@ -12,26 +13,22 @@ from micro_diffusion.runtime.files import sha256
 
 def summary(store: Store) -> dict[str, str]:
     """Names and values for people: counts, sizes, caption lengths, and what was left out by reason."""
-    splits, sources, rejected, filtered, size = (Counter[str]() for _ in range(5))
-    edges, words, counts = list[int](), list[int](), list[int]()
+    rows = pa.concat_tables([store.rows(index) for index in range(len(store.parts))])
+    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(pc.list_flatten(rows["captions"])))
+    splits, rejected, filtered, size = (Counter[str]() for _ in range(4))
     for index, part in enumerate(store.parts):
-        rows = store.rows(index)
         splits.update(part.splits)
-        sources.update(rows["source"].to_pylist())
         rejected.update(reject["reason"] for reject in part.rejects)
         filtered.update(part.filtered)
         size.update({name: (part_folder(store.path, index) / name).stat().st_size for name in part.files})
-        edges += np.minimum(rows["width"].to_numpy(), rows["height"].to_numpy()).tolist()
-        counts += [len(captions) for captions in rows["captions"].to_pylist()]
-        words += [len(caption.split()) for captions in rows["captions"].to_pylist() for caption in captions]
     each = {name: f"{total / max(len(store), 1):,.0f}" for name, total in size.items()}
     return {
         "pictures": f"{len(store):,} in {len(store.parts)} parts ({_listed(splits)})",
-        "sources": _listed(sources),
+        "sources": _listed(Counter(rows["source"].to_pylist())),
         "bytes a picture": f"{size.total() / max(len(store), 1):,.0f} ({_listed(each)})",
-        "shorter edge, px": _spread(edges),
-        "captions a picture": _spread(counts),
-        "words a caption": _spread(words),
+        "shorter edge, px": _spread(pc.min_element_wise(rows["width"], rows["height"])),
+        "captions a picture": _spread(pc.list_value_length(rows["captions"])),
+        "words a caption": _spread(pc.list_value_length(words)),
         "damaged": _listed(rejected) or "none",
         "not wanted": _listed(filtered) or "none",
     }
@@ -74,14 +71,13 @@ def _wrong(store: Store, index: int, part: PartInfo) -> Iterator[tuple[str, str]
 
 def _lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """Length of each list, and all values."""
-    column = column.combine_chunks()
-    return np.diff(column.offsets.to_numpy()), column.flatten().to_numpy()
+    return pc.list_value_length(column).to_numpy(), pc.list_flatten(column).to_numpy()
 
 
 def _listed(counts: dict[str, int] | dict[str, str]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
-def _spread(values: list[int]) -> str:
-    low, middle, high = np.percentile(values or [0], [5, 50, 95])
+def _spread(values: pa.ChunkedArray) -> str:
+    low, middle, high = np.percentile(values.to_numpy() if len(values) else [0], [5, 50, 95])
     return f"{middle:g} (nine in ten from {low:g} to {high:g})"

@@ -218,16 +218,14 @@ class Loader:
         keys = tuple(part.keys[row].as_py() for part, row in zip(parts, rows, strict=True))
         return Batch(latents, torch.from_numpy(text), torch.from_numpy(mask), keys, torch.from_numpy(scales))
 
-    def batches(
-        self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1, prefetch: int = 2
-    ) -> Reading:
+    def batches(self, start: int, stop: int, batch_size: int, *, rank: int = 0, world: int = 1) -> Reading:
         """This rank's share of each global batch between two positions, read ahead in a thread; the last may be small.
 
         Closing the iterator stops the thread; an error in it is raised here.
         """
         parts = shares(start, stop, batch_size, rank=rank, world=world)
         calls = (partial(self.batch, position + first, last - first) for position, _, first, last in parts)
-        return ahead(calls, depth=prefetch, name="loader")
+        return ahead(calls, depth=2, name="loader")
 
 
 def _rows_of(splits: Any, split: str) -> int:
@@ -253,8 +251,6 @@ def require(
             (f"autoencoder '{info.autoencoder.name}'", info.autoencoder.sha256, autoencoder_sha256),
             (f"text encoder '{text_encoder}'", info.text_encoders[text_encoder].sha256, text_encoder_sha256),
         ):
-            if wanted not in (None, made_with):
-                raise UserError(
-                    f"The store {store.path} was made with the {what} of sha256 {made_with[:12]}, "
-                    f"the model wants {str(wanted)[:12]}; prepare the data with the model's own."
-                )
+            if wanted and wanted != made_with:
+                made = f"The store {store.path} was made with the {what} of sha256 {made_with[:12]}"
+                raise UserError(f"{made}, the model wants {wanted[:12]}; prepare the data with the model's own.")

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +23,7 @@ from micro_diffusion.data.encode import Columns, EncodeImages, EncodeText, Sampl
 from micro_diffusion.data.records import Filtered, Record, distinct
 from micro_diffusion.data.store import PartInfo, StoreInfo
 from micro_diffusion.runtime.ahead import ahead
+from micro_diffusion.runtime.distributed import ALONE, World
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, remove_leftovers, sha256, sync, write_atomic
 
 REJECTS_FILE = "rejects.jsonl"
@@ -31,40 +31,25 @@ REJECTS_FILE = "rejects.jsonl"
 Maker = Callable[[Sequence[Sample]], Callable[[], Columns]]
 
 
-class Ranks(NamedTuple):
-    """Which of several processes this one is, and how they wait for each other."""
-
-    rank: int
-    world: int
-    wait: Callable[[], object]
-
-
-ALONE = Ranks(0, 1, lambda: None)
-
-
-def ray_ranks(work: Callable[[Ranks], object], *, gpus: float) -> Ranks:
-    """Ranks of a driver that lets Ray Data do `work` for each of several shares of the parts, then completes the store.
+def on_ray(work: Callable[[World], object], *, gpus: float) -> None:
+    """Let Ray Data do `work` for each of several shares of the parts, as ranks that do not wait for each other.
 
     A share whose worker is lost is done again elsewhere: what it had finished is found, the rest is made. All machines
     must see the sources and the store. `gpus` is what one task takes; there are twice as many as can run at once.
     """
 
-    def run() -> None:
-        import ray
+    import ray
 
-        if not ray.is_initialized():
-            ray.init()
-        tasks = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
+    if not ray.is_initialized():
+        ray.init()
+    tasks = 2 * max(1, int(ray.cluster_resources().get("GPU" if gpus else "CPU", 1)))
 
-        def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            work(Ranks(int(batch["id"][0]) + 1, tasks, lambda: None))  # rank 0 is the driver's
-            return batch
+    def share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        work(World(int(batch["id"][0]) + 1, tasks))  # rank 0 is the driver's
+        return batch
 
-        shares = ray.data.range(tasks, override_num_blocks=tasks)
-        shares.map_batches(share, batch_size=1, num_gpus=gpus, max_retries=-1).materialize()
-
-    waits = iter([run])
-    return Ranks(0, 1, lambda: next(waits, lambda: None)())
+    shares = ray.data.range(tasks, override_num_blocks=tasks)
+    shares.map_batches(share, batch_size=1, num_gpus=gpus, max_retries=-1).materialize()
 
 
 @dataclass(frozen=True)
@@ -82,35 +67,37 @@ def prepare(
     records: Iterable[Record], out: Path, *, resolutions: Sequence[int], info: StoreInfo,
     encode_images: EncodeImages, encode_text: EncodeText, seed: int = 0, rows_per_part: int = 4096,
     batch_size: int = 32, workers: int | None = None, max_rejected: float = 0.05, device: torch.device | str = "cpu",
-    ranks: Ranks = ALONE, progress: Callable[[int, int], None] | None = None,
+    world: World = ALONE, helpers: Callable[[], object] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PrepareReport:  # fmt: skip
     """Encode records into the store `out`, or finish or extend (by a resolution, a text encoder) the one that is there.
 
     `info` holds the autoencoder, one text encoder, the caption rule and the source's description. Records must come in
     the same order each time: the n-th part covers the n-th `rows_per_part` of them. `workers` threads decode (by
-    default, one a core). Of several `ranks`, each makes its share of the parts. `progress` is told how many records
-    were seen and how many rejected. Raises `UserError` for a store made with other settings, a source that has changed,
-    and when more than the share `max_rejected` is rejected.
+    default, one a core). Of several ranks, each makes its share of the parts; `helpers` makes what it can before that.
+    `progress` is told how many records were seen and how many rejected. Raises `UserError` for a store made with other
+    settings, a source that has changed, and when more than the share `max_rejected` is rejected.
     """
-    out = Path(out)
     wanted = replace(info, resolutions=tuple(sorted(set(resolutions))), seed=seed, rows_per_part=rows_per_part)
     info, complete = _settle(out, wanted)
     (text_name,) = wanted.text_encoders
     out.mkdir(parents=True, exist_ok=True)
-    if ranks.rank == 0:
+    if world.rank == 0:
         remove_leftovers(out)
-        if ranks is not ALONE and not complete:  # by one process, before the others begin
+        if (world.size > 1 or helpers) and not complete:  # by one process, before the others begin
             write_atomic(out / "store.json", layout.to_json(info))
-    ranks.wait()
+    world.agree()
     try:
+        if helpers:
+            helpers()
         makers = _makers(info, text_name, encode_images, encode_text, device=device, at_once=batch_size)
         work = _Work(out, info, makers, batch_size, workers or os.cpu_count() or 4, max_rejected, progress)
-        parts, written = work.all(distinct(records), ranks)
-        ranks.wait()
+        parts, written = work.all(distinct(records), world)
+        world.agree()
         folders = (layout.part_folder(out, index) for index in range(parts))
         found = [PartInfo.read(folder) for folder in folders if (folder / "part.json").exists()]  # other ranks may lag
         rejects = [reject for part in found for reject in part.rejects]
-        if ranks.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
+        if world.rank == 0 and (written or not complete or not StoreInfo.read(out).complete):
             remove_leftovers(out)  # of other ranks that were lost
             _write_rejects(out, rejects)
             write_atomic(out / "store.json", layout.to_json(replace(info, parts=parts, complete=True)))
@@ -181,12 +168,12 @@ class _Work:
     records: int = 0
     rejects: list[dict[str, str]] = field(default_factory=list)
 
-    def all(self, records: Iterator[Record], ranks: Ranks) -> tuple[int, int]:
+    def all(self, records: Iterator[Record], world: World) -> tuple[int, int]:
         """Go through all records and make this rank's parts; how many parts there are, and how many were made here."""
         index = written = 0
         while (head := next(records, None)) is not None:
             chunk = itertools.chain([head], itertools.islice(records, self.info.rows_per_part - 1))
-            if (index - ranks.rank) % ranks.world == 0:
+            if (index - world.rank) % world.size == 0:
                 written += self.part(layout.part_folder(self.out, index), chunk)
             else:
                 self.records += sum(1 for _ in chunk)
@@ -231,9 +218,9 @@ class _Work:
             if not missing:
                 return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
-            counts = dict(sorted(filtered.items()))
-            new = PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, self.rejects[before:], counts)
-            part = replace(old or new, files={**(old.files if old else {}), **hashes})
+            rejects = self.rejects[before:]
+            part = old or PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, dict(filtered))
+            part = replace(part, files={**part.files, **hashes})
             if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
                 write_atomic(self.out / "store.json", layout.to_json(self.info))
             folder.mkdir(exist_ok=True)
@@ -265,10 +252,9 @@ class _Work:
         if len(self.rejects) > self.max_rejected * among:
             counts = Counter(reject["reason"] for reject in self.rejects).most_common()
             reasons = ", ".join(f"{count} times {reason}" for reason, count in counts)
-            raise UserError(
-                f"{len(self.rejects)} of {self.records} records were rejected ({reasons}), more than "
-                f"{self.max_rejected:.0%}; they are listed in {_write_rejects(self.out, self.rejects)}."
-            )
+            found = f"{len(self.rejects)} of {self.records} records were rejected ({reasons})"
+            listed = _write_rejects(self.out, self.rejects)
+            raise UserError(f"{found}, more than {self.max_rejected:.0%}; they are listed in {listed}.")
 
     def _write(self, folder: Path, files: Collection[str], samples: Iterator[Sample], splits: Counter[str]) -> None:
         """Encode samples batch by batch; a thread waits for the device and writes while the next batch is encoded."""

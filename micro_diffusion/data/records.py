@@ -39,7 +39,7 @@ class Record:
     """One picture with its captions, as a source found it; nothing is opened or decoded yet."""
 
     key: str  # unique within a store
-    image: bytes | Path | Callable[[], bytes]  # called in the threads that decode
+    image: bytes | Path | Callable[[], bytes | Image.Image]  # called in the threads that decode
     captions: tuple[Caption, ...]
     source: str
     split: str = "train"
@@ -100,7 +100,7 @@ def decode_image(record: Record, *, min_size: int = 0, max_aspect: float = 0.0) 
     if not content:
         raise Rejected("empty file")
     try:
-        picture = Image.open(io.BytesIO(content))
+        picture = content if isinstance(content, Image.Image) else Image.open(io.BytesIO(content))
         if picture.width * picture.height > MAX_PIXELS:
             raise Rejected("too many pixels", f"{picture.width} x {picture.height}")
         if min(picture.size) < min_size:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from jaxtyping import Float16, Int, Int8, Shaped
 
 from micro_diffusion.data.fetch import fetch
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, user_error
 
 SCHEMA_VERSION = 1
 ROWS_PER_BATCH = 256
@@ -154,10 +154,8 @@ def quantise(states: Float16[np.ndarray, "l d"]) -> tuple[Int8[np.ndarray, "l d"
 
 def read_stream(path: Path) -> pa.Table:
     """A table whose columns lie in the memory-mapped file: nothing is read until it is touched."""
-    try:
+    with user_error(f"{path} is damaged ({{}}); copy it again, or prepare a new store.", pa.ArrowInvalid, OSError):
         return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again, or prepare a new store.") from error
 
 
 def _forget_oldest(cache: Path, limit: int) -> None:

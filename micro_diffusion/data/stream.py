@@ -82,10 +82,8 @@ class Stream:
         about = json.dumps(asdict(self.info), sort_keys=True) + "\n"
         first, *lines = self.marks.read_text().splitlines(keepends=True) if self.marks.exists() else [about]
         if first != about:
-            raise UserError(
-                f"The run in {self.marks.parent} was begun from another source or with other settings for it; give the "
-                "same ones, or choose a new folder."
-            )
+            begun = f"The run in {self.marks.parent} was begun from another source or with other settings for it"
+            raise UserError(f"{begun}; give the same ones, or choose a new folder.")
         known = [Mark(*json.loads(line)) for line in lines if line.endswith("\n")]
         before = [mark for mark in known if mark.position <= start]
         if keep:

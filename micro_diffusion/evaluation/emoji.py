@@ -4,7 +4,6 @@ A judge that has seen real drawings of all pairs decides; a second one, which ne
 beside it. True drawings are judged too: no model can be expected to do better than they.
 """
 
-import io
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from micro_diffusion.data.records import hash_share
-from micro_diffusion.data.sources.emoji import emoji_table
+from micro_diffusion.data.sources.emoji import drawing, emoji_table
 from micro_diffusion.evaluation.frechet import Moments, frechet_distance
 from micro_diffusion.evaluation.judges import BLOCK, FOLDER, Judge, Opinion, load_network, to_tensor
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
@@ -46,7 +45,8 @@ class EmojiBenchmark:
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """The drawing that a prompt asks for."""
-        return _open(next(row for row in self.rows if all(row[name] == truth[name] for name in ("concept", "style"))))
+        asked = (row for row in self.rows if all(row[name] == truth[name] for name in ("concept", "style")))
+        return drawing(next(asked)["image"])
 
     def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
         """Shares right by kind and judge, distances to the true pictures in the judge's features, and memorisation."""
@@ -87,8 +87,8 @@ class EmojiBenchmark:
             numbers["diversity: distance between true pictures"] = torch.pdist(real.features).mean().item()
         pairs = [index for index, prompt in enumerate(prompts) if prompt.truth["split"] == "held_out_pair"]
         if pairs:
-            training = (row for row in emoji_table() if row["split"] == "train")
-            batches = iter(lambda: [_open(row) for row in itertools.islice(training, BLOCK)], [])
+            training = (drawing(row["image"]) for row in emoji_table() if row["split"] == "train")
+            batches = iter(lambda: list(itertools.islice(training, BLOCK)), [])
             known = opinion(judge, batches).features
             nearest = torch.cdist(drawn.features[pairs], known).amin(1)
             own = (drawn.features[pairs] - real.features[pairs]).norm(dim=1)
@@ -96,10 +96,6 @@ class EmojiBenchmark:
             relative = nearest.median() / torch.cdist(real.features[pairs], known).amin(1).median()
             numbers["memorisation: distance to the nearest, relative to true pictures"] = float(relative)
         return numbers
-
-
-def _open(row: Mapping[str, Any]) -> Image.Image:
-    return Image.open(io.BytesIO(row["image"])).convert("RGB")
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from micro_diffusion.evaluation.pictures import PictureFolder
 from micro_diffusion.models import pretrained
 from micro_diffusion.models.text_encoders import FILES, WEIGHTS
 from micro_diffusion.runtime.ahead import ahead
-from micro_diffusion.runtime.files import UserError, sha256
+from micro_diffusion.runtime.files import UserError, sha256, user_error
 
 Look = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]  # pictures and their captions to features (b, d)
 Network = tuple[Look, str, str]  # with its weights' sha256 and, in words, what it does to pictures first
@@ -95,10 +95,9 @@ def hpsv2(name: str, settings: Settings, *, kind: str = "ViT-H-14") -> Network:
     """100 times the cosine of Human Preference Score 2.1 (Wu et al. 2023), from its file for OpenCLIP."""
     library, given = pretrained.optional_package("open_clip"), settings.weights.get(name)
     file = Path(given) if given else pretrained.hub_file("xswu/HPSv2", "HPS_v2.1_compressed.pt")
-    try:
+    message = f"{file} does not load as {name} ({{}})."
+    with user_error(message, RuntimeError, OSError, UnpicklingError, told=pretrained.first_line):
         model, _, prepare = library.create_model_and_transforms(kind, str(file), image_resize_mode="longest")
-    except (RuntimeError, OSError, UnpicklingError) as error:
-        raise UserError(f"{file} does not load as {name} ({pretrained.first_line(error)}).") from error
     model, tokenizer = model.eval().to(settings.device), library.get_tokenizer(kind)
 
     def look(pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:

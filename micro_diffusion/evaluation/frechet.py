@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from micro_diffusion.models.pretrained import first_line
-from micro_diffusion.runtime.files import UserError, atomic_file
+from micro_diffusion.runtime.files import atomic_file, user_error
 
 
 @dataclass
@@ -41,12 +41,11 @@ class Moments:
     @classmethod
     def load(cls, path: Path) -> "Moments":
         """What `save` wrote; UserError for anything else."""
-        try:
-            with safe_open(path, "pt") as file:
-                made = dict(file.metadata())
-                return cls(made, int(made.pop("count")), file.get_tensor("mean"), file.get_tensor("scatter"))
-        except (OSError, SafetensorError, KeyError, TypeError) as error:  # no metadata is a TypeError
-            raise UserError(f"{path} is no folder and no reference statistics ({first_line(error)}).") from error
+        message = f"{path} is no folder and no reference statistics ({{}})."
+        kinds = OSError, SafetensorError, KeyError, TypeError  # no metadata is a TypeError
+        with user_error(message, *kinds, told=first_line), safe_open(path, "pt") as file:
+            made = dict(file.metadata())
+            return cls(made, int(made.pop("count")), file.get_tensor("mean"), file.get_tensor("scatter"))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -14,7 +14,7 @@ from micro_diffusion.evaluation.pictures import PROMPTS, Prompt, file_name, prom
 from micro_diffusion.models.checkpoints import hash_tensors
 from micro_diffusion.models.model import LatentDiffusion
 from micro_diffusion.runtime.distributed import ALONE, World
-from micro_diffusion.runtime.files import UserError, atomic_file, remove_leftovers, write_atomic
+from micro_diffusion.runtime.files import UserError, atomic_file, remove_leftovers, user_error, write_atomic
 from micro_diffusion.runtime.parse import read_json
 from micro_diffusion.runtime.report import pictures
 
@@ -48,21 +48,19 @@ def draw_prompts(
     mine = [part for part in parts if not all(file.is_file() for file in files[part])][world.rank :: world.size]
     world.agree()  # all have looked before any file is written
     if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         remove_leftovers(out)
         write_atomic(out / GENERATION, json.dumps(made, indent=2) + "\n")
         write_atomic(out / PROMPTS, prompts_text(prompts))
     world.agree()
     for number, part in enumerate(mine, 1):
         texts, seeds, _ = zip(*prompts[part], strict=True)
-        try:
+        crowded = f"{len(texts)} pictures at once do not fit into memory; lower --batch-size."
+        with user_error(crowded, torch.OutOfMemoryError):
             images = model.generate(
                 texts, seed=seeds, num_inference_steps=drawing.steps, guidance_scale=drawing.guidance,
                 guidance_interval=drawing.guidance_interval, sampler=drawing.sampler,
                 batch_size=min(batch_size, len(prompts)),
             )  # fmt: skip
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{len(texts)} pictures at once do not fit into memory; lower --batch-size.") from error
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(_save, files[part], pictures(images)))
         on_batch(number / len(mine))

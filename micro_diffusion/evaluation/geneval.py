@@ -21,7 +21,7 @@ from micro_diffusion.data.sources.emoji_scenes import RELATIONS, TASKS
 from micro_diffusion.evaluation.features import from_transformers
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
 from micro_diffusion.models import openclip, pretrained
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, user_error
 from micro_diffusion.runtime.random import derive_seed
 
 COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
@@ -138,8 +138,9 @@ def geneval_prompts(seed: int = 43) -> list[Truth]:
 def read_metadata(path: Path) -> list[Truth]:
     """The lines of the benchmark's evaluation_metadata.jsonl; UserError names the first that is none."""
     truths: list[Truth] = []
+    kinds = ValueError, TypeError, KeyError, AttributeError
     for number, line in enumerate(path.read_bytes().rstrip().splitlines() if path.is_file() else [], 1):
-        try:
+        with user_error(f"Line {number} of {path} is not a prompt of GenEval ({{}}).", *kinds):
             truths.append(json.loads(line))
             known = truths[-1]["tag"] in TASKS and isinstance(truths[-1]["prompt"], str)
             for index, clause in enumerate([*truths[-1]["include"], *truths[-1].get("exclude", [])]):
@@ -148,8 +149,6 @@ def read_metadata(path: Path) -> list[Truth]:
                 known &= relation in RELATIONS and ("position" not in clause or target in range(index))
             if not known:
                 raise ValueError("its task, a class, count, colour or position is not one of the benchmark's")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"Line {number} of {path} is not a prompt of GenEval ({error}).") from error
     if not truths:
         raise UserError(f"There is no prompt in {path}; give the benchmark's evaluation_metadata.jsonl.")
     return truths
@@ -234,12 +233,11 @@ def clip_colours(place: str, device: torch.device) -> tuple[Callable[[Image.Imag
     library, groups = pretrained.optional_package("open_clip"), [[file] for file in openclip.WEIGHTS]
     folder = pretrained.part_folder(place, openclip.FILES, weights=groups)
     files = pretrained.weight_files("CLIP", folder, groups)
-    try:
+    kinds = OSError, ValueError, TypeError, RuntimeError, KeyError
+    with user_error(f"The CLIP in {folder} does not load ({{}}).", *kinds, told=pretrained.first_line):
         model, _, prepare = library.create_model_and_transforms(f"local-dir:{folder}", device=device)
         tokenizer = library.get_tokenizer(f"local-dir:{folder}")
         vision = library.get_model_config(f"local-dir:{folder}")["vision_cfg"]
-    except (OSError, ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise UserError(f"The CLIP in {folder} does not load ({pretrained.first_line(error)}).") from error
     model.eval()
 
     @torch.inference_mode()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from micro_diffusion.data.records import Record, Rejected, decode_image
 from micro_diffusion.data.sources.tables import PICTURES
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, user_error
 
 PROMPTS = "prompts.jsonl"
 
@@ -76,10 +76,8 @@ class PictureFolder:
         return first
 
     def _decode(self, file: Path) -> Image.Image:
-        try:
+        with user_error(f"{file} is no picture ({{}}); draw or copy it again.", Rejected):
             return decode_image(Record(file.name, file, (), self.path.name))
-        except Rejected as error:
-            raise UserError(f"{file} is no picture ({error}); draw or copy it again.") from error
 
 
 @dataclass(frozen=True)

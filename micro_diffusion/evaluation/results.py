@@ -4,25 +4,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from micro_diffusion.evaluation.generate import GENERATION
 from micro_diffusion.evaluation.pictures import PictureFolder, Scores
+from micro_diffusion.runtime import report
 from micro_diffusion.runtime.files import UserError, write_atomic
 from micro_diffusion.runtime.parse import read_json
-from micro_diffusion.runtime.report import (
-    curve_svg,
-    facts,
-    figure,
-    grid,
-    html_page,
-    pairs_grid,
-    paragraph,
-    table,
-    table_grid,
-)
 
 RESULTS, REPORT, COMPARISON = "results.json", "report.html", "compare.html"
 SHOWN = 6  # pictures in a row
@@ -44,26 +33,24 @@ class Point(NamedTuple):
 
 def write_report(out: Path, points: Mapping[str, Point]) -> None:
     """Write results.json and report.html of points that the same metrics scored, such as those of a guidance sweep."""
-    out.mkdir(parents=True, exist_ok=True)
     results, sections, first = {}, {}, next(iter(points.values()))
-    for label, point in points.items():
-        scores = {name: asdict(replace(scores, true=())) for name, scores in point.scores.items()}
-        for told in scores.values():
-            del told["true"]  # pictures
-        results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
     for name in first.scores:
         scored = [point.scores[name] for point in points.values()]
         rows = {key: [f"{of.numbers[key]:.4g}" for of in scored] for key in scored[0].numbers}
         warned = [f"Not comparable: {warning}" for of in scored for warning in of.warnings]
         said = dict.fromkeys([*(of.protocol for of in scored), *warned])
-        sections[name] = table(list(points), rows) + "".join(map(paragraph, said))
+        sections[name] = report.table(list(points), rows) + "".join(map(report.paragraph, said))
     if len(points) > 1:
         sections["Guidance"] = _curves(list(points.values()))
     for label, point in points.items():
-        sections[f"Pictures, {label}"] = _examples(point) + facts(point.made)
+        scores = {name: dict(vars(scores)) for name, scores in point.scores.items()}
+        for told in scores.values():
+            del told["true"]  # pictures
+        results[label] = {"pictures": os.path.relpath(point.pictures.path, out), "made": point.made, "scores": scores}
+        sections[f"Pictures, {label}"] = _examples(point) + report.facts(point.made)
     lead = f"Pictures of {first.made.get('model', 'a folder')}."
     write_atomic(out / RESULTS, json.dumps(results, indent=1) + "\n")
-    write_atomic(out / REPORT, html_page("Evaluation", lead, sections))
+    write_atomic(out / REPORT, report.html_page("Evaluation", lead, sections))
 
 
 def _curves(points: Sequence[Point]) -> str:
@@ -77,8 +64,8 @@ def _curves(points: Sequence[Point]) -> str:
         if x in titles and y in titles:
             line, marks = [(each[x], each[y]) for each in swept], [(each[x], f"{each['guidance']:g}") for each in swept]
             title = f"{titles[y]} over {titles[x]}"
-            svg = curve_svg({titles[y]: line}, title=title, x_label=titles[x], y_label=titles[y], marks=marks)
-            body += figure(svg, alt=title, caption="Marked by guidance; the same prompts and noise at each.")
+            svg = report.curve_svg({titles[y]: line}, title=title, x_label=titles[x], y_label=titles[y], marks=marks)
+            body += report.figure(svg, alt=title, caption="Marked by guidance; the same prompts and noise at each.")
     return body
 
 
@@ -98,10 +85,11 @@ def _examples(point: Point) -> str:
     for title, chosen in groups.items():
         said = [f"{texts[i]} {f'({values[i]:.3g})' if values else ''} {notes[i]}" for i in chosen]
         drawn = [pictures[i] for i in chosen]
-        sheet = (
-            pairs_grid(drawn, [true[i] for i in chosen], said, columns=3) if true else grid(drawn, said, columns=SHOWN)
-        )
-        body += figure(sheet, alt=f"Pictures with their prompts: {title}", caption=title)
+        if true:
+            sheet = report.pairs_grid(drawn, [true[i] for i in chosen], said, columns=3)
+        else:
+            sheet = report.grid(drawn, said, columns=SHOWN)
+        body += report.figure(sheet, alt=f"Pictures with their prompts: {title}", caption=title)
     return body
 
 
@@ -135,13 +123,13 @@ def compare(first: Path, second: Path, out: Path) -> dict[str, list[str]]:
         found = [{prompt[:2]: index for index, prompt in enumerate(folder.prompts or ())} for folder in folders]
         if shared := _spread([key for key in found[0] if key in found[1]]):
             drawn = [[folder[at[key]] for key in shared] for folder, at in zip(folders, found, strict=True)]
-            sheet = table_grid(drawn, heads, [key[0] for key in shared])
-            body += figure(sheet, alt="A row for each side", caption=f"The same prompts and noise ({label})")
+            sheet = report.table_grid(drawn, heads, [key[0] for key in shared])
+            body += report.figure(sheet, alt="A row for each side", caption=f"The same prompts and noise ({label})")
     if not rows:
         raise UserError(f"{first} and {second} have no number in common: evaluate both in the same way.")
-    sections = {"Numbers": table([*heads, "difference"], rows) + "".join(map(paragraph, said)), "Pictures": body}
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / COMPARISON, html_page("Comparison", "Two evaluations side by side.", sections))
+    numbers = report.table([*heads, "difference"], rows) + "".join(map(report.paragraph, said))
+    sections = {"Numbers": numbers, "Pictures": body}
+    write_atomic(out / COMPARISON, report.html_page("Comparison", "Two evaluations side by side.", sections))
     return rows
 
 

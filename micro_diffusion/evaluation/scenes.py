@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from micro_diffusion.data.sources.emoji_scenes import TASKS, Scene, compose, scenes
+from micro_diffusion.data.sources.emoji_scenes import TASKS, Scene, scene_picture, scenes
 from micro_diffusion.evaluation.geneval import Detection, task_scores, verdict
 from micro_diffusion.evaluation.judges import BLOCK, FOLDER, STRIDE, Detector, load_network, to_tensor
 from micro_diffusion.evaluation.pictures import PictureFolder, Prompt, Scores
@@ -40,22 +40,21 @@ class ScenesBenchmark:
 
     def true_picture(self, truth: Mapping[str, Any]) -> Image.Image:
         """A scene that a prompt asks for, composed."""
-        return compose(self.scenes[truth["scene"]])[0]
+        return scene_picture(self.scenes[truth["scene"]])
 
     def score(self, pictures: PictureFolder, device: torch.device) -> Scores:
         """Shares of pictures right, by task, and beside them those of true pictures: what the detector lets through."""
         truths = [prompt.truth for prompt in pictures.prompts or []]
         detector = cast(Detector, load_network("detector")).to(device)
-        batches = pictures.batches(BLOCK)
-        drawn = [verdict(t, f) for t, f in zip(truths, (f for b in batches for f in find(detector, b)), strict=True)]
+        found = (each for batch in pictures.batches(BLOCK) for each in find(detector, batch))
+        drawn = [verdict(truth, each) for truth, each in zip(truths, found, strict=True)]
         true = [self.true_picture(truth) for truth in truths]
         ceiling = task_scores(truths, list(map(verdict, truths, find(detector, true))))
         numbers = task_scores(truths, drawn)
         numbers |= {f"{task}, true pictures": share for task, share in ceiling.items()}
         network = f"embedded detector (sha256 {sha256(FOLDER / 'detector.safetensors')[:12]}) at {Detector.SIZE} px"
         asked = f"{len(truths)} prompts, compositions held out but for single objects, a picture each"
-        each = {"right": [float(one.correct) for one in drawn]}
-        notes = [one.reason for one in drawn]
+        each, notes = {"right": [float(one.correct) for one in drawn]}, [one.reason for one in drawn]
         return Scores(f"{asked}; {network}, GenEval's logic", numbers, each, notes=notes, true=true)
 
 

@@ -42,10 +42,9 @@ def measure(
     step, mask = optimizer(dit), torch.ones_like(text[..., 0], dtype=torch.bool)
     network = cast(DiT, torch.compile(dit, dynamic=False)) if work.compiled and device.type == "cuda" else dit
     wait: Callable[[], object] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, int)
-    masked = {"precision": work.precision, "mask_ratio": mask_ratio, "mask_noise": mask_noise}
 
     def backward() -> None:
-        shown = conditioned(network, text, mask, **masked)  # type: ignore[arg-type]
+        shown = conditioned(network, text, mask, precision=work.precision, mask_ratio=mask_ratio, mask_noise=mask_noise)
         objective.loss(shown, latents, level, noise, patch_size=work.model.patch_size).mean.backward()
 
     def timed(call: Callable[[], object]) -> float:

@@ -4,18 +4,16 @@ import contextlib
 
 import torch
 
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import user_error
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The named device, or for "auto" the fastest one there is; UserError if it is not there. Allows TF32 on CUDA."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
+    with user_error(f"the device {name!r} is not available here: choose auto or cpu", RuntimeError, AssertionError):
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"the device {name!r} is not available here: choose auto or cpu") from error
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return device

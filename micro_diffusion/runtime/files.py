@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -14,6 +14,15 @@ class UserError(Exception):
     """Something that the user can put right; the message says what to do. The command line exits with its code."""
 
     exit_code = 2
+
+
+@contextlib.contextmanager
+def user_error(message: str, *kinds: type[Exception], told: Callable[[Exception], str] = str) -> Iterator[None]:
+    """Make errors of these kinds UserErrors; `{}` in the message is what the error says, as `told` has it."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(message.replace("{}", told(error))) from error
 
 
 def sha256(path: Path) -> str:
@@ -30,17 +39,18 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def atomic_file(final: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of `final`; on success sync it and rename it to `final`, on error remove it.
+    """Yield a temporary sibling of `final`, whose folder is made; on success sync and rename it, on error remove it.
 
     With `shared`, several processes may write the same file at once.
     """
     temporary = final.with_name(f"{TEMPORARY_PREFIX}{f'{os.getpid()}-' if shared else ''}{final.name}")
+    final.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         sync(temporary)
         temporary.replace(final)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
         raise
     sync(final.parent)
 
@@ -52,24 +62,17 @@ def atomic_folder(final: Path) -> Iterator[Path]:
     What a killed run left under the temporary name is removed first. An existing `final` is replaced: it is moved aside
     for the moment between two renames, so names that are never reused (a step number) are safer than a fixed one.
     """
-    final = Path(final)
-    temporary = final.with_name(TEMPORARY_PREFIX + final.name)
-    _remove(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
+    with atomic_file(final) as temporary:
+        _remove(temporary)
+        temporary.mkdir()
         yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
+        for path in temporary.rglob("*"):
             sync(path)
-        aside = final.with_name(f"{TEMPORARY_PREFIX}old-{final.name}")
         if final.exists():
             _remove(aside)
             final.rename(aside)
-        temporary.rename(final)
-        _remove(aside)
-    except BaseException:
-        _remove(temporary)
-        raise
-    sync(final.parent)
+    _remove(aside)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -58,5 +58,4 @@ def device_name(device: torch.device) -> str:
 
 def device_count() -> int:
     """Devices of this run: one for each of its processes."""
-    together = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if together else 1
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -7,17 +7,15 @@ import types
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, user_error
 
 T = TypeVar("T")
 
 
 def read_json(text: str, where: str) -> dict[str, Any]:
     """The table that the text holds; UserError if it holds none."""
-    try:
+    with user_error(f"{where} is not valid JSON ({{}}); write or copy it again.", ValueError):
         values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({error}); write or copy it again.") from error
     if not isinstance(values, dict):
         raise UserError(f"{where} must be a table of settings, not {values!r}.")
     return values
@@ -66,10 +64,8 @@ def _parse_dataclass(cls: type, values: dict[str, Any], where: str) -> Any:
         if name not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise UserError(f"{where} lacks the setting {name!r}.")
     hints = get_type_hints(cls)
-    try:
+    with user_error(f"{where}: {{}}.", ValueError):
         return cls(**{key: parse(hints[key], item, f"{where}.{key}") for key, item in values.items()})
-    except ValueError as error:
-        raise UserError(f"{where}: {error}.") from error
 
 
 def _fits(hint: Any, value: Any) -> bool:

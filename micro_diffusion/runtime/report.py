@@ -24,7 +24,7 @@ import micro_diffusion.embedded
 
 TEMPLATE = Path(micro_diffusion.embedded.__path__[0], "report.html")
 PAPER, INK, FAINT = "#ffffff", "#1f2430", "#6b7280"
-GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 10, 12, 15.6, 4, 300
+CELL, GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 128, 10, 12, 15.6, 4, 300
 COLOURS = ("#2f6fde", "#e0632f", "#2a9d63", "#a855c7", "#c99a00", "#d6457f")
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 
@@ -91,7 +91,7 @@ def _sheet(rows: Sequence[Images], *, gap: int, margin: int = 0, paper: str = PA
     return sheet
 
 
-def grid(images: Images, captions: Sequence[str], *, columns: int | None = None, size: int = 128) -> Image.Image:
+def grid(images: Images, captions: Sequence[str], *, columns: int | None = None, size: int = CELL) -> Image.Image:
     """Pictures in reading order, each scaled to `size` pixels of height, with its caption wrapped under it."""
     if not images or len(images) != len(captions):
         raise ValueError(f"a grid needs as many captions as pictures, at least one: {len(images)}, {len(captions)}")
@@ -111,15 +111,13 @@ def pairs_grid(drawn: Images, true: Images, prompts: Sequence[str], *, columns: 
     return _sheet([[ImageOps.expand(head, (0, GAP, 0, 0), PAPER)], [body]], gap=0)
 
 
-def table_grid(
-    rows: Sequence[Images], row_labels: Sequence[str], column_labels: Sequence[str], *, size: int = 128
-) -> Image.Image:
+def table_grid(rows: Sequence[Images], row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
     """Rows by columns of pictures: labels on the left and on top."""
-    cells = [[Image.new("RGB", (1, 1), PAPER), *(_text(label, size) for label in column_labels)]]
+    cells = [[Image.new("RGB", (1, 1), PAPER), *(_text(label, CELL) for label in column_labels)]]
     for label, pictures_of_row in zip(row_labels, rows, strict=True):
-        left = _text(label, size - 2 * GAP)
-        middle = (0, max(0, size - left.height) // 2, 0, 0)
-        cells.append([ImageOps.expand(left, middle, PAPER), *(_fit(picture, size) for picture in pictures_of_row)])
+        left = _text(label, CELL - 2 * GAP)
+        middle = (0, max(0, CELL - left.height) // 2, 0, 0)
+        cells.append([ImageOps.expand(left, middle, PAPER), *(_fit(picture, CELL) for picture in pictures_of_row)])
     return _sheet(cells, gap=GAP, margin=GAP)
 
 

@@ -14,22 +14,22 @@ RAY = """
 import os, signal, ray
 from micro_diffusion.data import prepare as module
 
-def work(ranks):
+def work(world, helpers=None):
     lost = Path(out).parent / "lost"
     def fragile(images):
-        if ranks.rank == 2 and Path(out, "part-00001", "part.json").exists() and not lost.exists():
+        if world.rank == 2 and Path(out, "part-00001", "part.json").exists() and not lost.exists():
             lost.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return encode_images(images)
     return prepare(
         SOURCES["folder"](Path(folder)), Path(out), resolutions=[int(size) for size in resolutions], info=info,
-        encode_images=fragile, encode_text=encode_text, rows_per_part=20, batch_size=5, ranks=ranks,
+        encode_images=fragile, encode_text=encode_text, rows_per_part=20, batch_size=5, world=world, helpers=helpers,
     )
 
 folder, out, *resolutions = sys.argv[1:]
 info = StoreInfo(AutoencoderInfo("mean", "aa", 1.0, 0.0, 3, 4), {"letters": TextInfo("bb", 1, 99, "padding")})
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-report = work(module.ray_ranks(work, gpus=0))
+report = work(module.ALONE, lambda: module.on_ray(work, gpus=0))
 print("written", report.parts_written, report.rows, flush=True)
 """
 

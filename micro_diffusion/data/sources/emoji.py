@@ -65,6 +65,11 @@ def emoji_table() -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
+def drawing(image: bytes) -> Image.Image:
+    """A picture of the table, decoded."""
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
 def _records(row: dict[str, Any], copies: int) -> Iterator[Record]:
     key, captions = f"{row['style']}/{row['concept']}", tuple(map(Caption, row["captions"]))
     yield Record(key, row["image"], captions, "emoji", row["split"])
@@ -74,18 +79,15 @@ def _records(row: dict[str, Any], copies: int) -> Iterator[Record]:
         yield Record(name, varied, (captions[copy % len(captions)],), "emoji", "train")
 
 
-def _vary(image: bytes, name: str, *, mirror: bool) -> bytes:
+def _vary(image: bytes, name: str, *, mirror: bool) -> Image.Image:
     """The picture 80% to 100% as large, anywhere on its white square, maybe mirrored: as the name's hash decides."""
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
     scale, left, top, flip = np.random.default_rng(seed).random(4)
-    picture = Image.open(io.BytesIO(image)).convert("RGB")
+    picture = drawing(image)
     edge, size = picture.width, 0.8 + 0.2 * scale
     if mirror and flip < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     corner = [-edge * place * (1 - size) / size for place in (left, top)]  # in pixels of the picture
     # pixels outside the picture are white: the drawings stand on white
     inverse = (1 / size, 0.0, corner[0], 0.0, 1 / size, corner[1])
-    made = picture.transform((edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor="white")
-    buffer = io.BytesIO()
-    made.save(buffer, "BMP")  # no time lost on compression
-    return buffer.getvalue()
+    return picture.transform((edge, edge), Image.Transform.AFFINE, inverse, Image.Resampling.BICUBIC, fillcolor="white")

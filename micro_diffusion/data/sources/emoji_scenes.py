@@ -4,7 +4,6 @@ A scene has one to five objects of one or two concepts, maybe tinted, on a plain
 concepts, tinted concepts and counts of a concept are held out: no scene for training has one, nor a held-out drawing.
 """
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 from micro_diffusion.data.records import Caption, Record, hash_share
-from micro_diffusion.data.sources.emoji import emoji_table
+from micro_diffusion.data.sources.emoji import drawing, emoji_table
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.random import derive_seed
 
@@ -125,8 +124,8 @@ def draw_scene(generator: np.random.Generator, *, task: str | None = None) -> Sc
     counts = [count] if number == 1 else [max(1, count // 2), max(1, count - count // 2)]
     groups = []
     for concept, copies in zip(concepts, counts, strict=True):
-        colour = generator.choice(tuple(COLOURS)) if tint or (task is None and generator.random() < 0.4) else None
-        groups.append(Group(concept, copies, None if colour is None else str(colour)))
+        colour = str(generator.choice(tuple(COLOURS))) if tint or (task is None and generator.random() < 0.4) else None
+        groups.append(Group(concept, copies, colour))
     style = str(generator.choice([name for name in STYLE_WORDS if all((c, name) in known() for c in concepts)]))
     place = str(generator.choice(tuple(RELATIONS))) if relation else None
     return Scene(tuple(groups), place, style, str(generator.choice(tuple(GROUNDS))), int(generator.integers(2**62)))
@@ -146,14 +145,12 @@ def emoji_scene_records(*, count: int = 100_000) -> Iterator[Record]:
     if count < 1:
         raise UserError(f"count is a number of scenes, not {count}.")
     for index, scene in enumerate(itertools.islice(scenes(0, wanted=lambda scene: not scene.held_out), count)):
-        yield Record(f"scene/{index}", partial(bitmap, scene), scene.captions, "emoji-scenes")
+        yield Record(f"scene/{index}", partial(scene_picture, scene), scene.captions, "emoji-scenes")
 
 
-def bitmap(scene: Scene) -> bytes:
-    """The scene's picture as a file."""
-    buffer = io.BytesIO()
-    compose(scene)[0].save(buffer, "BMP")  # no time lost on compression
-    return buffer.getvalue()
+def scene_picture(scene: Scene) -> Image.Image:
+    """What the scene looks like."""
+    return compose(scene)[0]
 
 
 @cache
@@ -166,12 +163,12 @@ def known() -> Mapping[tuple[str, str], bytes]:
 @cache
 def cut_out(concept: str, style: str) -> Image.Image:
     """A drawing without the white around it: RGBA."""
-    picture = Image.open(io.BytesIO(known()[concept, style])).convert("RGB")
-    framed = ImageOps.expand(picture, 1, "white")  # so that the outside is in one piece
+    drawn = drawing(known()[concept, style])
+    framed = ImageOps.expand(drawn, 1, "white")  # so that the outside is in one piece
     ImageDraw.floodfill(framed, (0, 0), (1, 2, 3), thresh=24)
     outside = (np.asarray(framed) == (1, 2, 3)).all(-1)[1:-1, 1:-1]
-    picture.putalpha(Image.fromarray((~outside).astype(np.uint8) * 255))
-    return picture.crop(picture.getchannel("A").getbbox())
+    drawn.putalpha(Image.fromarray((~outside).astype(np.uint8) * 255))
+    return drawn.crop(drawn.getchannel("A").getbbox())
 
 
 def tinted(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -186,7 +183,7 @@ def tinted(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def compose(scene: Scene, edge: int = EDGE) -> tuple[Image.Image, list[tuple[Box, Group]]]:
+def compose(scene: Scene) -> tuple[Image.Image, list[tuple[Box, Group]]]:
     """The scene's picture and each object's box."""
     generator = np.random.default_rng(scene.seed)
     objects = [group for group in scene.groups for _ in range(group.copies)]
@@ -196,10 +193,10 @@ def compose(scene: Scene, edge: int = EDGE) -> tuple[Image.Image, list[tuple[Box
     shade = np.linspace(0, generator.choice([0, 0, -36, 18]), EDGE)[:, None, None]
     canvas = Image.fromarray(np.clip(np.broadcast_to(ground + shade, (EDGE, EDGE, 3)), 0, 255).astype(np.uint8))
     for box, group, picture in zip(boxes, objects, cut, strict=True):
-        drawing = tinted(picture, COLOURS[group.colour]) if group.colour else picture
-        small = drawing.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC)
+        drawn = tinted(picture, COLOURS[group.colour]) if group.colour else picture
+        small = drawn.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BICUBIC)
         canvas.paste(small, box[:2], small)
-    return canvas.resize((edge, edge), Image.Resampling.BICUBIC), list(zip(boxes, objects, strict=True))
+    return canvas, list(zip(boxes, objects, strict=True))
 
 
 def place(generator: np.random.Generator, shapes: list[tuple[int, int]], relation: str | None) -> list[Box]:

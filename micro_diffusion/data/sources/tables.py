@@ -11,7 +11,7 @@ from typing import Any
 
 from micro_diffusion.data.fetch import DOWNLOADS, expand, fetch_all
 from micro_diffusion.data.records import Caption, Record, Records, hash_share
-from micro_diffusion.runtime.files import UserError
+from micro_diffusion.runtime.files import UserError, user_error
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 IMAGE_COLUMNS = ("file_name", "image", "path", "jpg", "png", "webp", "img_path", "image_name")
@@ -56,14 +56,13 @@ def table_records(address: str, *, downloads: Path = DOWNLOADS, fraction: float 
 def hub_records(address: str, *, split: str = "train", revision: str | None = None, fraction: float = 1.0) -> Records:
     """A data set of the hub by its name, or a local folder that `datasets` can read: streamed, nothing is kept."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
-    try:
+    with user_error(f"The data set {address!r} ({split}) cannot be opened: {{}}", OSError, ValueError, DatasetsError):
         rows = datasets.load_dataset(address, split=split, revision=revision, streaming=True)
         columns = list(rows.features or next(iter(rows)))
         image, captions = _columns(columns, address)
         rows = rows.select_columns([image, captions]).cast_column(image, datasets.Image(decode=False))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"The data set {address!r} ({split}) cannot be opened: {error}") from error
     for number, row in enumerate(rows):
         if hash_share(key := f"{split}/{number:08}", fraction):
             content = _image(row[image])
@@ -131,11 +130,9 @@ def _read_csv(table: Path) -> Table:
 def _read_jsonl(table: Path) -> Table:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(table.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
-        try:
+        with user_error(f"Line {number} of {table} is not a JSON object: {{}}.", ValueError, TypeError):
             if line.strip():
                 rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            raise UserError(f"Line {number} of {table} is not a JSON object: {error}.") from error
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
@@ -143,10 +140,8 @@ def _read_parquet(table: Path) -> Table:
     import pyarrow as pa
     from pyarrow import parquet
 
-    try:
+    with user_error(f"{table} is not a Parquet file: {{}}.", pa.ArrowInvalid):
         file = parquet.ParquetFile(table)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{table} is not a Parquet file: {error}.") from error
     wanted = [field for field in file.schema_arrow if field.name in IMAGE_COLUMNS + CAPTION_COLUMNS]
     strings = {field.name for field in wanted if pa.types.is_string(field.type)}
     # as bytes: one string that is not UTF-8 must not end the reading

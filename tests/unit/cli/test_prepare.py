@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import pytest
 from PIL import Image
 
-from micro_diffusion.cli.prepare import Prepare, SourceOptions
+from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.data.captions import CAPTION_RULES
 from micro_diffusion.runtime.files import UserError
 
@@ -20,24 +20,24 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_with_captions_beside_the_pictures(folder: Path) -> None:
-    records = list(Prepare(str(folder), Path("store")).records())
+    records = list(SourceOptions().open(str(folder)))
     assert [record.key for record in records] == ["a.png", "b.png", "c.png"]
 
 
 def test_a_folder_with_a_table(folder: Path) -> None:
     (folder / "table.csv").write_text("file_name,caption\nb.png,the second\n")
-    (record,) = Prepare(str(folder), Path("store"), table=str(folder / "table.csv")).records()
+    (record,) = SourceOptions(table=str(folder / "table.csv")).open(str(folder))
     assert record.key == "b.png"
 
 
 def test_validation_is_a_share_of_the_folder(folder: Path) -> None:
-    assert {record.split for record in Prepare(str(folder), Path("s"), validation=0.999999).records()} == {"validation"}
-    assert {record.split for record in Prepare(str(folder), Path("s"), validation=0.0).records()} == {"train"}
+    assert {record.split for record in SourceOptions(validation=0.999999).open(str(folder))} == {"validation"}
+    assert {record.split for record in SourceOptions(validation=0.0).open(str(folder))} == {"train"}
 
 
 def test_a_missing_folder_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder .*missing.*emoji"):
-        Prepare(str(tmp_path / "missing"), Path("store")).records()
+        SourceOptions().open(str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_missing_folder_names_what_there_is(tmp_path: Path) -> None:
 )
 def test_a_setting_that_does_nothing_is_an_error(source: str, settings: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Prepare(source, Path("store"), **settings).records()
+        SourceOptions(**settings).open(source)
 
 
 def test_every_caption_rule_can_be_chosen() -> None:

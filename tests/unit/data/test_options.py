@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from micro_diffusion.data.loader import Loader
-from micro_diffusion.data.prepare import Ranks
 from micro_diffusion.data.store import Store, quantise
+from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.files import UserError
 
 
@@ -97,11 +97,16 @@ def test_several_ranks_write_the_store_of_one(world, tmp_path, world_size):
     records[7], records[31] = replace(records[7], image=b"x"), replace(records[31], key="key-2")
     options = {"rows_per_part": 10, "max_rejected": 0.5}
     world.prepare(records, tmp_path / "one", **options)
+
+    class Meeting(World):
+        def agree(self, value=0):
+            return barrier.wait()
+
     barrier, errors = threading.Barrier(world_size, timeout=20), []
 
     def work(rank):
         try:
-            world.prepare(records, tmp_path / "many", ranks=Ranks(rank, world_size, barrier.wait), **options)
+            world.prepare(records, tmp_path / "many", world=Meeting(rank, world_size), **options)
         except BaseException as error:
             errors.append(error)
             barrier.abort()

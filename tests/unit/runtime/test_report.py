@@ -65,10 +65,10 @@ def test_pairs_put_the_drawn_picture_left() -> None:
 
 def test_table_has_labels_left_and_on_top() -> None:
     rows = [[square("red"), square("green")], [square("blue"), square("black")]]
-    sheet = report.table_grid(rows, ["a cat", "a dog"], ["noto", "twemoji"], size=80)
-    assert sheet.width == 80 + 2 * (80 + report.GAP)
+    sheet = report.table_grid(rows, ["a cat", "a dog"], ["noto", "twemoji"])
+    assert sheet.width == report.CELL + 2 * (report.CELL + report.GAP)
     assert sheet.getpixel((sheet.width - 40, sheet.height - 40)) == (0, 0, 0)
-    assert sheet.crop((0, 0, 80, sheet.height)).getextrema()[0][0] < 255
+    assert sheet.crop((0, 0, report.CELL, sheet.height)).getextrema()[0][0] < 255
     with pytest.raises(ValueError, match="zip"):
         report.table_grid(rows, ["only one"], ["noto", "twemoji"])
 
