@@ -272,7 +272,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--augment", type=int, default=11, help="varied copies of each drawing")
     parser.add_argument("--count", type=int, default=60_000, help="scenes to prepare")
     cores = os.cpu_count() or 4
-    parser.add_argument("--processes", type=int, default=max(1, min(28, cores - 2)), help="that prepare")
+    parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
     parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
     args = parser.parse_args()
     if not 0 <= args.scenes <= 1:

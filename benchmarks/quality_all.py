@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.quality import Bench, Job, append, interval, name_of, summary
 from benchmarks.quality_data import Data, prepare_data
-from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
+from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, saved_name, slice_loss
 from benchmarks.quality_score import Sampling
 from micro_diffusion.evaluation.judges import FOLDER
 from micro_diffusion.recipes.ablations import ABLATIONS
@@ -71,7 +71,7 @@ def work(args: argparse.Namespace, pipe: Connection) -> None:
         try:
             reply: tuple[str, Any] = "done", carry_out(bench, order)
         except Exception:  # noqa: BLE001  whatever it is, the other jobs go on
-            reply = "failed", traceback.format_exc(limit=-4)
+            reply = "failed", traceback.format_exc(limit=-3)
         if reply[0] == "failed":
             use_mode(bench, order.mode, anew=True)  # nothing of it is kept on the device
             torch.ones(8, device=bench.device).sum().item()
@@ -243,7 +243,7 @@ class Comparison:
             self.log(f"worker {number} {kind} at {title(task)}: {said}")
             self.plan.compiled.pop(number, None)
             if isinstance(task, Job | Score):
-                self.plan.failed.add(task)
+                self.plan.lose(task, died=kind == "dead")
         self.plan.running.pop(number, None)
         if kind == "dead" and self.crew.starts[number] < STARTS:
             self.crew.start(number)
@@ -255,6 +255,7 @@ class Comparison:
         plan = self.plan
         if isinstance(task, Trial):
             self.trials.append(row | {"worker": number})
+            append(self.args.out.with_suffix(".trials.jsonl"), row)
             self.log(f"worker {number}, {took:.0f} s, {title(task)}: {json.dumps(row)}")
             return
         append(self.args.out, row)
@@ -389,6 +390,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         plan.short(recipe, None).make()
     for row in read_log(args.out):
         plan.take(row)
+    plan.missing = {name for name in map(saved_name, plan.finished.values()) if not (args.save / name).exists()}
     return plan
 
 

@@ -142,6 +142,7 @@ class Plan:
     finished: dict[Job, Row] = field(default_factory=dict)
     scored: set[tuple[str, str]] = field(default_factory=set)  # model, sampling
     failed: set[Job | Score] = field(default_factory=set)
+    missing: set[str] = field(default_factory=set)  # models of earlier calls that are not here
     running: dict[int, object] = field(default_factory=dict)  # by worker
     compiled: dict[int, set[Graph]] = field(default_factory=dict)
     costs: Costs = field(default_factory=Costs)
@@ -191,11 +192,12 @@ class Plan:
         return [self.short(name, rate) for name in self.settings.ablations] if known else []
 
     def seeds(self) -> list[Job]:
-        """Phase 3: the baseline and the ablations closest to it so far."""
+        """Phase 3: the baseline and the ablations closest to it so far, but for one that only averages otherwise."""
         base = self.loss(self.short("baseline", self.rate()))
         if base is None:
             return []
-        apart = {job.recipe: abs(loss - base) for job in self.ablations() if (loss := self.loss(job)) is not None}
+        others = [job for job in self.ablations() if averages(job) == 1]
+        apart = {job.recipe: abs(loss - base) for job in others if (loss := self.loss(job)) is not None}
         closest = sorted(apart, key=apart.__getitem__)[:CLOSEST]
         return [self.short(name, self.rate(), 1) for name in ("baseline", *closest)]
 
@@ -229,7 +231,8 @@ class Plan:
         return self.settings.until - MARGIN - long
 
     def drop_long(self, now: float) -> bool:
-        """Forget the long runs if there is no time for them after the rates; whether it did."""
+        """Forget the long runs that are done, and all if there is no time for them after the rates: True then."""
+        self.roles = [role for role in self.roles if self.long_run(*role, self.settings.long) not in self.finished]
         impossible = bool(self.roles) and self.deadline() < now and not self.settled(self.rates())
         if impossible:
             self.roles.clear()
@@ -249,6 +252,12 @@ class Plan:
             self.scored |= {(name_of(job), score["sampling"]) for score in row["scores"]}
         elif "model" in row:
             self.scored.add((row["model"], row["sampling"]))
+
+    def lose(self, task: Job | Score, *, died: bool) -> None:
+        """What failed is not tried again; a long run whose process died is, if it can be shortened to what is left."""
+        self.failed.add(task)
+        if died and isinstance(task, Job) and task.seconds > self.settings.seconds:
+            self.roles.insert(0, (task.recipe, task.scenes))
 
     def open(self, jobs: Iterable[Job]) -> list[Job]:
         """What is neither done nor running."""
@@ -278,13 +287,16 @@ class Plan:
             if seconds < self.settings.long / 2:
                 self.roles.clear()
                 break
-            role, share = self.roles.pop(0)
-            ranked = [*self.ranking(), "baseline"]
-            recipe = role if isinstance(role, str) else ranked[min(role, len(ranked) - 1)]
-            job = Job(recipe, self.rate(), 0, seconds, share, self.settings.settings)
+            job = self.long_run(*self.roles.pop(0), seconds)
             if self.open([job]):
                 return job
         return None
+
+    def long_run(self, role: str | int, share: float, seconds: float) -> Job:
+        """At the best rate; a rank is the recipe that has it now."""
+        ranked = [*self.ranking(), "baseline"]
+        recipe = role if isinstance(role, str) else ranked[min(role, len(ranked) - 1)]
+        return Job(recipe, self.rate(), 0, seconds, share, self.settings.settings)
 
     def left_for_long(self, worker: int, now: float) -> float:
         """Seconds of training, in whole tens, that end before the time is up, without other ways of sampling."""
@@ -308,7 +320,7 @@ class Plan:
         """All that could be scored, of models that are saved."""
         long = [job for job in self.finished if job.seconds > self.settings.seconds]
         rows = sorted(map(self.finished.__getitem__, long), key=slice_loss)
-        models = [saved_name(row) for row in rows]
+        models = [name for name in map(saved_name, rows) if name not in self.missing]
         return [Score(model, sampling) for sampling in self.settings.samplings for model in models]
 
     def left_out(self) -> list[str]:

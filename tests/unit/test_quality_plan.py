@@ -150,6 +150,7 @@ def test_without_an_end_everything_is_run_with_second_seeds_of_what_is_close() -
     assert {"baseline", "mask-87", "no-experts"} <= seeds
     assert plan.ranking()[:3] == ["no-mixer", "no-unmasked", "mask-0"]
     again = Plan(plan.settings, finished=dict(plan.finished), scored=set(plan.scored))
+    assert not again.drop_long(0.0) and not again.roles  # all are done
     assert simulated(again, start=0.0) == []
 
 
@@ -178,6 +179,19 @@ def test_what_failed_is_not_run_again_and_holds_nothing_up() -> None:
     plan.failed.update(plan.rates())
     done = simulated_recipes(plan)
     assert "candidate" in done and "mask-0" in done
+
+
+def test_a_long_run_whose_process_died_is_run_again_in_short() -> None:
+    plan = Plan(replace(SETTINGS, workers=1, rates=(1e-3,), ablations=()))
+    plan.take(row(plan.short("baseline", 1e-3), 0.3))
+    plan.take(row(plan.short("baseline", 1e-3, 1), 0.3))
+    first = plan.next(0, 600.0, {0: 600.0})
+    assert isinstance(first, Job) and first.seconds == 480
+    plan.lose(first, died=True)
+    again = plan.next(0, 1000.0, {0: 1000.0})
+    assert isinstance(again, Job) and again.recipe == first.recipe and 240 <= again.seconds < 480
+    plan.lose(again, died=False)
+    assert plan.next(0, 1100.0, {0: 1100.0}) is None
 
 
 def simulated_recipes(plan: Plan) -> list[str]:
