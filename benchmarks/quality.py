@@ -88,10 +88,12 @@ class Bench:
             "slice": one("drawings", "slice"), "held-out pairs": one("drawings", "held_out_pair"),
             "held-out scenes": one("scenes", "scene"),
         }  # fmt: skip
-        share = args.scenes
-        some = [(one(name, "train"), part) for name, part in (("drawings", 1 - share), ("scenes", share)) if part]
-        held, shares = zip(*some, strict=True)
-        self.trainer = Trainer(held, shares, self.device, mode=args.mode, profiled=args.profile)
+        self.held = one("drawings", "train"), one("scenes", "train")
+        self.trainer = self.fresh_trainer(args.mode)
+
+    def fresh_trainer(self, mode: str) -> Trainer:
+        """One that has compiled nothing yet."""
+        return Trainer(self.held, (0.5, 0.5), self.device, mode=mode, profiled=self.args.profile)
 
     def check(self, dit: DiT, recipe: Recipe) -> dict[str, float]:
         """Validation losses of weights."""
@@ -104,11 +106,12 @@ class Bench:
         recipe = job.make()
         for stage in recipe.stages:
             speed = self.trainer.speed(recipe, stage)
-            yield {"recipe": job.recipe, "stage": stage.name, "mode": self.args.mode, **speed._asdict()}
+            yield {"recipe": job.recipe, "stage": stage.name, "mode": self.trainer.mode, **speed._asdict()}
 
     def do(self, job: Job) -> dict[str, Any]:
         """Train and score; the line of the results."""
         recipe, began = job.make(), time.perf_counter()
+        self.trainer.shares = 1 - job.scenes, job.scenes
         speeds = [self.trainer.speed(recipe, stage) for stage in recipe.stages]
         recipe = fitted(recipe, [speed.images_per_second for speed in speeds], job.seconds)
         best: list[Any] = [float("inf"), 0, None]  # loss on the slice, images, weights
@@ -140,7 +143,8 @@ class Bench:
             ],
             "validation": {name: self.check(dit, recipe) for name, dit in dits.items()},
             "best_on_slice_at": best[1], "scores": scores, "rows": rows, "recipe": json.loads(recipe.to_json()),
-            "parameters": parameters(recipe.model).total, "machine": machine(self.device.type), "mode": self.args.mode,
+            "parameters": parameters(recipe.model).total, "machine": machine(self.device.type),
+            "mode": self.trainer.mode,
         }  # fmt: skip
 
     def scores(self, dit: DiT, recipe: Recipe, name: str) -> Iterator[dict[str, Any]]:
@@ -241,7 +245,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", default=[], choices=RECIPES, metavar="RECIPE")
     parser.add_argument("--rates", nargs="*", type=float, default=[], help="learning rates to try each recipe at")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--seconds", type=float, default=95.0, help="of training alone")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of training alone")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipes, as in micro-diffusion train")
     parser.add_argument("--scenes", type=float, default=0.5, help="share of the images that are scenes")
     parser.add_argument("--guidance", nargs="+", type=float, default=[2.0], help="scales to score at")
@@ -268,7 +272,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--augment", type=int, default=11, help="varied copies of each drawing")
     parser.add_argument("--count", type=int, default=60_000, help="scenes to prepare")
     cores = os.cpu_count() or 4
-    parser.add_argument("--processes", type=int, default=max(1, min(28, cores - 2)), help="that prepare")
+    parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
     parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
     args = parser.parse_args()
     if not 0 <= args.scenes <= 1:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,8 +103,10 @@ def prepare_data(folder: Path, data: Data, device: str) -> None:
         if (folder / SETTINGS).read_text() != settings:
             raise UserError(f"{folder} was prepared with other settings; choose another folder, or remove it.")
         return
-    with multiprocessing.get_context("spawn").Pool(data.processes) as pool:
-        pool.starmap(prepare_shard, [(folder, data, shard, device) for shard in range(data.processes)])
+    with ProcessPoolExecutor(data.processes, multiprocessing.get_context("spawn")) as pool:  # a killed one is noticed
+        work = [pool.submit(prepare_shard, folder, data, shard, device) for shard in range(data.processes)]
+        for shard in work:
+            shard.result()
     write_atomic(folder / SETTINGS, settings)
 
 

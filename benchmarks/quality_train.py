@@ -128,6 +128,14 @@ class Trainer:
             self.speeds[key] = Speed(stage.batch_size / seconds, idle, compiled)
         return self.speeds[key]
 
+    def trial(self, recipe: Recipe, stage: Stage, count: int = 20) -> float:
+        """Mean loss of the last five of so many steps from the start: another mode must come to the same."""
+        state, network = self.fresh(recipe)
+        batches = self.batches(recipe, stage, patches=state.dit.num_patches, purpose="trial")
+        sizes = (step * stage.batch_size for step in range(1, count + 1))
+        losses = [self.step(recipe, stage, state, network, next(batches), into) for into in sizes]
+        return torch.stack(losses[-5:]).mean().item()
+
     def run(
         self, recipe: Recipe, check: Callable[[State], dict[str, float]]
     ) -> tuple[State, list[dict[str, Any]], float]:

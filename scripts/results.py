@@ -11,6 +11,7 @@ before it stay beside it as step-h100.COMMIT.json, and their rows follow, each w
 
 import argparse
 import json
+import math
 import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -184,17 +185,28 @@ def rehearsal(data: Any) -> list[list[Row]]:
 
 
 def quality(data: Any) -> list[list[Row]]:
-    """Losses of each run at equal cost; then what the judges say of it, and of saved models, by way of sampling."""
-    losses, scores = list[Row](), list[Row]()
-    for row in data:
+    """Losses of each run; then what the judges say of it, and of saved models, by way of sampling.
+
+    Runs of equal cost stand together, the shortest first: the baseline by its rates, then what was compared with it.
+    """
+    losses, scores, first = list[Row](), list[Row](), dict[str, int]()
+
+    def place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        if not (asked := row.get("asked")):
+            return math.inf, 0, row["model"], 0, 0
+        order = first.setdefault(asked["recipe"], len(first))
+        return asked["seconds"], asked["recipe"] != "baseline", order, asked["rate"] or 0, asked["seed"]
+
+    for row in sorted(data, key=place):
         name = {"model": row.get("model", "")}
         if asked := row.get("asked"):
             rate = asked["rate"] or row["recipe"]["stages"][0]["learning_rate"]
             name = {"recipe": " ".join([asked["recipe"], *asked["settings"]]), "rate": f"{rate:g}"}
             name |= {"scenes": f"{asked['scenes']:.0%}", "seed": str(asked["seed"])}
+            name |= {"GPU-seconds": f"{row['seconds_used']:.0f}"}
             losses += [
                 name
-                | {"weights": weights, "GPU-seconds": f"{row['seconds_used']:.0f}", "images": f"{row['images']:,}"}
+                | {"weights": weights, "images": f"{row['images']:,}"}
                 | {f"loss, {kind}": f"{value:.4f}" for kind, value in found.items()}
                 for weights, found in row["validation"].items()
             ]

@@ -29,6 +29,12 @@ def write_judges(folder: Path) -> Path:
     return folder
 
 
+SMALL = [
+    "--limit", "200", "--augment", "1", "--count", "80", "--processes", "2", "--device", "cpu", "--per-task", "1",
+    "--steps", "1", "--set", "precision=float32", "stages.0.batch_size=16", "stages.1.batch_size=16",
+]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_from_drawings_to_a_line_and_a_model(tmp_path: Path) -> None:
     out, data, saved = tmp_path / "quality.jsonl", tmp_path / "data", tmp_path / "saved"
@@ -36,10 +42,8 @@ def test_from_drawings_to_a_line_and_a_model(tmp_path: Path) -> None:
 
     def run(*options: str) -> str:
         command = [
-            sys.executable, "-m", "benchmarks.quality", "--out", str(out), "--data", str(data), "--limit", "200",
-            "--augment", "1", "--count", "80", "--processes", "2", "--judges", str(judges),
-            "--device", "cpu", "--mode", "none", "--per-task", "1", "--steps", "1", "--seconds", "2",
-            "--set", "precision=float32", "stages.0.batch_size=16", "stages.1.batch_size=16", *options,
+            sys.executable, "-m", "benchmarks.quality", "--out", str(out), "--data", str(data), "--judges", str(judges),
+            "--mode", "none", "--seconds", "2", *SMALL, *options,
         ]  # fmt: skip
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
@@ -68,3 +72,29 @@ def test_from_drawings_to_a_line_and_a_model(tmp_path: Path) -> None:
     run("--rescore", str(model), "--guidance", "1", "3")
     again = read_log(out)[2:]
     assert [row["sampling"] for row in again] == ["1 Heun steps, guidance 1", "1 Heun steps, guidance 3"]
+
+
+@pytest.mark.slow
+def test_all_of_it_in_two_processes(tmp_path: Path) -> None:
+    out, saved = tmp_path / "quality.jsonl", tmp_path / "saved"
+    command = [
+        sys.executable, "-m", "benchmarks.quality_all", "--out", str(out), "--data", str(tmp_path / "data"), "--save",
+        str(saved), "--gpus", "2", "--judges", str(write_judges(tmp_path / "judges")), "--rates", "1e-3", "--modes",
+        "none", "--ablations", "mask-0", "--seconds", "1", "--long", "2", "--until", "1500", "--guidance", "3",
+        "--interval", "all", "0.2:5", *SMALL, "model.dim=32", "model.patch_mixer_dim=32",
+    ]  # fmt: skip
+
+    def run() -> str:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    said = run()
+    assert "failed" not in said and "dead" not in said and "left out: nothing" in said
+    rows = read_log(out)
+    jobs = {(row["asked"]["recipe"], row["asked"]["seed"], row["asked"]["seconds"]) for row in rows if "asked" in row}
+    assert jobs >= {("baseline", 0, 1.0), ("mask-0", 0, 1.0), ("baseline", 1, 1.0), ("candidate", 0, 2.0)}
+    models = {row["model"] for row in rows if "model" in row}
+    assert len(models) == 2 and all((saved / name / "model").is_dir() for name in models)
+    run()
+    assert read_log(out) == rows

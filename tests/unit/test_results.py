@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,8 +168,8 @@ def test_parts_of_a_measurement_are_put_together(tmp_path: Path) -> None:
 def test_quality_is_a_table_of_losses_and_one_of_scores(tmp_path: Path) -> None:
     scores = dict.fromkeys(results.SCORES, 0.5) | {"sampling": "30 Heun steps, guidance 2"}
     run = {
-        "asked": {"recipe": "mask-50", "rate": None, "seed": 1, "scenes": 0.5, "settings": []}, "seconds_used": 94.9,
-        "images": 1_234_567, "recipe": {"stages": [{"learning_rate": 0.0016}]},
+        "asked": {"recipe": "mask-50", "rate": None, "seed": 1, "scenes": 0.5, "seconds": 95.0, "settings": []},
+        "seconds_used": 94.9, "images": 1_234_567, "recipe": {"stages": [{"learning_rate": 0.0016}]},
         "validation": {"average": {"slice": 0.25, "held-out pairs": 0.3}},
         "scores": [{"weights": "average", **scores}],
         "machine": {"device": "A GPU", "torch": "2.11.0", "commit": "abc"},
@@ -177,10 +178,23 @@ def test_quality_is_a_table_of_losses_and_one_of_scores(tmp_path: Path) -> None:
     (tmp_path / "quality-gpu.jsonl").write_text("".join(lines))
     page = results.rendered("<!-- table: quality-gpu.jsonl -->\n<!-- end -->\n", tmp_path)
     assert "quality-gpu.jsonl): A GPU, torch 2.11.0, commit abc." in page
-    assert "| mask-50 | 0.0016 | 50% | 1 | average | 95 | 1,234,567 | 0.2500 | 0.3000 |" in page
+    assert "| mask-50 | 0.0016 | 50% | 1 | 95 | average | 1,234,567 | 0.2500 | 0.3000 |" in page
     shares = "| 50.0% " * len(results.SCORES) + "|"
-    assert f"| mask-50 | 0.0016 | 50% | 1 | average | 30 Heun steps, guidance 2 {shares}" in page
-    assert f"|  |  |  |  |  | 30 Heun steps, guidance 2 {shares[:-1]}| kept |" in page
+    assert f"| mask-50 | 0.0016 | 50% | 1 | 95 | average | 30 Heun steps, guidance 2 {shares}" in page
+    assert f"|  |  |  |  |  |  | 30 Heun steps, guidance 2 {shares[:-1]}| kept |" in page
+
+
+def test_runs_of_quality_stand_in_order_whenever_they_ended() -> None:
+    def run(recipe: str, rate: float, seed: int, seconds: float) -> dict[str, Any]:
+        asked = {"recipe": recipe, "rate": rate, "seed": seed, "seconds": seconds, "scenes": 0.5, "settings": []}
+        some = {"asked": asked, "seconds_used": seconds, "images": 1, "scores": []}
+        return some | {"validation": {"average": {"slice": 0.3}}}
+
+    rows = [run("b", 2, 0, 9), run("baseline", 2, 1, 9), run("b", 2, 0, 80), run("b", 2, 1, 9),
+            run("baseline", 1, 0, 9), run("baseline", 2, 0, 9), run("a", 2, 0, 9)]  # fmt: skip
+    losses, _ = results.quality(rows)
+    found = [" ".join(row[key] for key in ("recipe", "rate", "seed", "GPU-seconds")) for row in losses]
+    assert found == ["baseline 1 0 9", "baseline 2 0 9", "baseline 2 1 9", "b 2 0 9", "b 2 1 9", "a 2 0 9", "b 2 0 80"]
 
 
 def test_a_mark_without_an_end_is_an_error(tmp_path: Path) -> None:

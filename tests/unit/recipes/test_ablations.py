@@ -24,6 +24,9 @@ CHANGES = {
     ],
     "less-noise": ["stages.0.p_mean", "stages.1.p_mean"],
     "averages": ["stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*"],
+    "candidate": [
+        "stages.?.images", "stages.0.mask_ratio", "stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*",
+    ],
 }  # fmt: skip
 BASELINE = ABLATIONS["baseline"]()
 
