@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import scaling
-from benchmarks.scaling import Case
+from benchmarks import scaling_plan as scaling
+from benchmarks.scaling_plan import Case
+from micro_diffusion.cli.plan import works_of
 from micro_diffusion.planning.cost import Machine
 from micro_diffusion.recipes.paper import BATCH, paper_37m
 from micro_diffusion.runtime.hardware import GPUS
@@ -72,7 +73,7 @@ def test_hours_and_dollars_of_the_papers_run() -> None:
     assert run["gpu_hours"] == pytest.approx(4 * run["hours"])
     assert run["dollars"] == pytest.approx(4 * run["hours"] * 2.90)
     assert list(run["stage_hours"]) == STAGES
-    works = scaling.works_of(paper_37m())
+    works = works_of(paper_37m())
     assert run["planner"]["hours"] == pytest.approx(sum(map(Machine(GPUS["h100"], 4).seconds, works)) / 3600)
     (cheap,) = scaling.whole_runs(rows(4000.0), GPUS["h100"], 1.0)
     assert cheap["dollars"] == pytest.approx(cheap["gpu_hours"])
