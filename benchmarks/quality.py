@@ -10,7 +10,6 @@ and what is there is not run again. Without --recipes the data are only prepared
 """
 
 import argparse
-import copy
 import hashlib
 import itertools
 import json
@@ -39,7 +38,6 @@ from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.files import UserError, write_atomic
 from micro_diffusion.runtime.log import read_log
 from micro_diffusion.training.config import Recipe
-from micro_diffusion.training.stages import State
 
 if TYPE_CHECKING:
     from benchmarks.quality_score import Sampling
@@ -114,15 +112,7 @@ class Bench:
         self.trainer.shares = 1 - job.scenes, job.scenes
         speeds = [self.trainer.speed(recipe, stage) for stage in recipe.stages]
         recipe = fitted(recipe, [speed.images_per_second for speed in speeds], job.seconds)
-        best: list[Any] = [float("inf"), 0, None]  # loss on the slice, images, weights
-
-        def check(state: State) -> dict[str, float]:
-            losses = self.check(state.shown, recipe)
-            if losses["slice"] < best[0]:
-                best[:] = losses["slice"], state.images, copy.deepcopy(state.shown.state_dict())
-            return losses
-
-        state, rows, used = self.trainer.run(recipe, check)
+        state, rows, used = self.trainer.run(recipe, lambda state: self.check(state.shown, recipe))
         trained = time.perf_counter()
         dits = {"weights": state.dit}
         if state.ema:
@@ -130,8 +120,6 @@ class Bench:
             dits = {str(width): dit for width, dit in zip(widths, state.ema.dits, strict=True)} | dits
         if self.args.save:
             self.save(self.args.save / name_of(job), recipe, state.shown.state_dict(), images=state.images, rows=rows)
-            if best[2] is not None and best[1] != state.images:
-                self.save(self.args.save / f"{name_of(job)}-best", recipe, best[2], images=best[1], rows=rows)
         shown = [name for name in dits if name != "weights"] or ["weights"]
         scores = [score for name in shown for score in self.scores(dits[name], recipe, name)]
         return {
@@ -142,7 +130,7 @@ class Bench:
                 for stage, speed in zip(recipe.stages, speeds, strict=True)
             ],
             "validation": {name: self.check(dit, recipe) for name, dit in dits.items()},
-            "best_on_slice_at": best[1], "scores": scores, "rows": rows, "recipe": json.loads(recipe.to_json()),
+            "scores": scores, "rows": rows, "recipe": json.loads(recipe.to_json()),
             "parameters": parameters(recipe.model).total, "machine": machine(self.device.type),
             "mode": self.trainer.mode,
         }  # fmt: skip
@@ -211,7 +199,7 @@ def summary(row: dict[str, Any]) -> str:
     told += f": {row['seconds_used']:.1f} s, {row['images']:,} images, loss "
     told += ", ".join(f"{value:.4f} ({name})" for name, value in losses.items())
     for score in row["scores"]:
-        names = ("concept top-1, held-out pairs", "style, held-out pairs", "both, seen pairs", "overall")
+        names = ("concept top-1, held-out pairs", "style, held-out pairs", "both, seen pairs", "both, slice", "overall")
         found = ", ".join(f"{name} {score[name]:.3f}" for name in names if name in score)
         told += f"\n    {score['weights']}, {score['sampling']}: {found}"
     return told

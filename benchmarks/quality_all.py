@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.quality import Bench, Job, append, interval, name_of, summary
 from benchmarks.quality_data import Data, prepare_data
-from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, saved_name, slice_loss
+from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
 from benchmarks.quality_score import Sampling
 from micro_diffusion.evaluation.judges import FOLDER
 from micro_diffusion.recipes.ablations import ABLATIONS
@@ -323,7 +323,8 @@ def shares(score: Mapping[str, Any]) -> str:
     """The numbers that there are targets for."""
     names = {
         "top-1": "concept top-1, held-out pairs", "top-5": "concept top-5, held-out pairs",
-        "style": "style, held-out pairs", "seen, both": "both, seen pairs", "scenes": "overall",
+        "style": "style, held-out pairs", "seen, both": "both, seen pairs", "slice, both": "both, slice",
+        "scenes": "overall",
     }  # fmt: skip
     return ", ".join(f"{short} {score[name]:.3f}" for short, name in names.items() if name in score)
 
@@ -390,7 +391,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         plan.short(recipe, None).make()
     for row in read_log(args.out):
         plan.take(row)
-    plan.missing = {name for name in map(saved_name, plan.finished.values()) if not (args.save / name).exists()}
+    plan.missing = {name for name in map(name_of, plan.finished) if not (args.save / name).exists()}
     return plan
 
 

@@ -319,8 +319,8 @@ class Plan:
     def scores(self) -> list[Score]:
         """All that could be scored, of models that are saved."""
         long = [job for job in self.finished if job.seconds > self.settings.seconds]
-        rows = sorted(map(self.finished.__getitem__, long), key=slice_loss)
-        models = [name for name in map(saved_name, rows) if name not in self.missing]
+        rows = sorted(map(self.finished.__getitem__, long), key=slice_right, reverse=True)
+        models = [name for name in map(name_of, map(job_of, rows)) if name not in self.missing]
         return [Score(model, sampling) for sampling in self.settings.samplings for model in models]
 
     def left_out(self) -> list[str]:
@@ -335,11 +335,11 @@ def _rate(job: Job) -> float:
     return job.rate or 0.0
 
 
+def slice_right(row: Row) -> float:
+    """Share of the slice's captions whose picture shows concept and style, drawn in the first way of sampling."""
+    return float(row["scores"][0].get("both, slice", 0.0))
+
+
 def job_of(row: Row) -> Job:
     """The job of a run's row."""
     return Job(**{**row["asked"], "settings": tuple(row["asked"]["settings"])})
-
-
-def saved_name(row: Row) -> str:
-    """What a run's model is saved as: the one at the lowest loss on the slice, if that was not the end."""
-    return name_of(job_of(row)) + ("" if row["best_on_slice_at"] in (0, row["images"]) else "-best")

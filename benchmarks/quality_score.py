@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.quality_data import Held
+from benchmarks.quality_data import Held, in_slice
+from micro_diffusion.data.sources.emoji import emoji_table
 from micro_diffusion.diffusion.objectives import EDM
 from micro_diffusion.evaluation.emoji import KINDS, EmojiBenchmark, opinion, right
 from micro_diffusion.evaluation.geneval import task_scores, verdict
@@ -18,7 +19,7 @@ from micro_diffusion.evaluation.pictures import Prompt
 from micro_diffusion.evaluation.scenes import ScenesBenchmark, find
 from micro_diffusion.models.dit import DiT, conditioned
 from micro_diffusion.models.model import LatentDiffusion
-from micro_diffusion.runtime.random import draw_normal
+from micro_diffusion.runtime.random import derive_seed, draw_normal
 from micro_diffusion.runtime.report import pictures
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.meter import LEVELS
@@ -63,7 +64,8 @@ def validation_loss(dit: DiT, held: Held, recipe: Recipe) -> float:
 class Judges:
     """The embedded networks and what they ask for: every prompt of the drawings' benchmark once, scenes of six tasks.
 
-    `limit` takes only so many of either.
+    And the slice, drawings for training that were kept aside, by which models are chosen. `limit` takes only so many of
+    each.
     """
 
     device: torch.device
@@ -75,7 +77,12 @@ class Judges:
 
     def __post_init__(self) -> None:
         benchmark = EmojiBenchmark()
-        self.drawings = benchmark.prompts()[: len(benchmark.rows)][: self.limit]
+        rows = (row for row in emoji_table() if row["split"] == "train")
+        aside = [row for row in rows if in_slice(f"{row['style']}/{row['concept']}", row["caption"])][: self.limit]
+        seeds = (derive_seed(0, "slice prompt", index) for index in range(len(aside)))
+        truths = ({"concept": row["concept"], "style": row["style"], "split": "slice"} for row in aside)
+        kept = map(Prompt, [row["caption"] for row in aside], seeds, truths)
+        self.drawings = [*benchmark.prompts()[: len(benchmark.rows)][: self.limit], *kept]
         self.scenes = ScenesBenchmark(per_task=self.per_task).prompts()[: self.limit]
         self.judges = {
             mark: cast(Judge, load_network(name, self.folder)).to(self.device)
@@ -89,7 +96,7 @@ class Judges:
         numbers: dict[str, float] = {}
         for mark, judge in self.judges.items():
             hits = right(judge, opinion(judge, [drawn]), truths)
-            for kind, words in KINDS.items():
+            for kind, words in {**KINDS, "slice": "slice"}.items():
                 rows = [index for index, truth in enumerate(truths) if truth["split"] == kind]
                 for measure, hit in hits.items() if rows else ():
                     numbers[f"{measure}, {words}{mark}"] = float(hit[rows].float().mean())

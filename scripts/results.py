@@ -238,7 +238,7 @@ def tune(data: Any) -> list[list[Row]]:
 
 
 SCORES = ("concept top-1, held-out pairs", "concept top-5, held-out pairs", "style, held-out pairs",
-          "concept top-1, held-out concepts", "both, seen pairs", "overall")  # fmt: skip
+          "concept top-1, held-out concepts", "both, seen pairs", "both, slice", "overall")  # fmt: skip
 
 
 def parallel(data: Any) -> list[list[Row]]:

@@ -19,7 +19,6 @@ from benchmarks.quality_plan import (
     fitting,
     graphs,
     middle_first,
-    saved_name,
     slice_loss,
 )  # fmt: skip
 from benchmarks.quality_score import Sampling
@@ -31,10 +30,10 @@ SETTINGS = Settings(
 LOSSES = {name: 0.30 + 0.01 * index for index, name in enumerate(ORDER)} | {"baseline": 0.345, "candidate": 0.28}
 
 
-def row(job: Job, loss: float, best_at: int = 100) -> dict[str, Any]:
+def row(job: Job, loss: float, right: float = 0.5) -> dict[str, Any]:
     return {
         "asked": job.asked(), "validation": {"average": {"slice": loss}, "weights": {"slice": 9.0}},
-        "scores": [{"sampling": str(Sampling(3.0))}], "images": 100, "best_on_slice_at": best_at,
+        "scores": [{"sampling": str(Sampling(3.0)), "both, slice": right}], "images": 100,
     }  # fmt: skip
 
 
@@ -82,10 +81,13 @@ def test_a_run_that_diverged_is_the_worst() -> None:
     assert slice_loss(row(job, math.nan)) == math.inf and slice_loss(row(job, 0.3)) == 0.3
 
 
-def test_the_best_model_of_a_run_is_scored() -> None:
-    job = Job("baseline", 1e-3, 0, 480.0, 0.5, ())
-    names = [saved_name(row(job, 0.3, best_at)) for best_at in (100, 50, 0)]
-    assert names == ["baseline-0.001-seed-0-480s-scenes-0.5" + end for end in ("", "-best", "")]
+def test_the_model_whose_pictures_are_right_is_scored_first() -> None:
+    plan, some = Plan(SETTINGS), [Job("baseline", 1e-3, seed, 480.0, 0.5, ()) for seed in range(3)]
+    for job, loss, right in zip(some, (0.2, 0.3, 0.4), (0.5, 0.7, 0.6), strict=True):
+        plan.finished[job] = row(job, loss, right)
+    assert [score.model for score in plan.scores()[:3]] == [
+        f"baseline-0.001-seed-{seed}-480s-scenes-0.5" for seed in (1, 2, 0)
+    ]
 
 
 def jobs(*seconds: float) -> list[Job]:
