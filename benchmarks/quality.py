@@ -226,6 +226,15 @@ def interval(text: str) -> tuple[float, float] | None:
     return low, high
 
 
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What is prepared, and by how many processes."""
+    parser.add_argument("--augment", type=int, default=11, help="varied copies of each drawing")
+    parser.add_argument("--count", type=int, default=60_000, help="scenes to prepare")
+    cores = os.cpu_count() or 4
+    parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
+    parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
@@ -257,11 +266,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--judges", type=Path, help="folder of the judges; default: those of the package")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--augment", type=int, default=11, help="varied copies of each drawing")
-    parser.add_argument("--count", type=int, default=60_000, help="scenes to prepare")
-    cores = os.cpu_count() or 4
-    parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
-    parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
+    add_data_options(parser)
     args = parser.parse_args()
     if not 0 <= args.scenes <= 1:
         parser.error("--scenes is a share, from 0 to 1")

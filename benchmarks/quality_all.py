@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import Bench, Job, append, interval, name_of, summary
+from benchmarks.quality import Bench, Job, add_data_options, append, interval, name_of, summary
 from benchmarks.quality_data import Data, prepare_data
 from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
 from benchmarks.quality_score import Sampling
@@ -365,11 +365,7 @@ def arguments() -> argparse.Namespace:
                         help="measure the GPU's idle time")  # fmt: skip
     parser.add_argument("--judges", type=Path, default=FOLDER, help="folder of the judges")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
-    parser.add_argument("--augment", type=int, default=11, help="varied copies of each drawing")
-    parser.add_argument("--count", type=int, default=60_000, help="scenes to prepare")
-    cores = os.cpu_count() or 4
-    parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
-    parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
+    add_data_options(parser)
     args = parser.parse_args()
     args.mode = args.modes[0]
     args.samplings = [Sampling(scale, where, args.steps) for scale in args.guidance for where in args.interval]

@@ -1,6 +1,7 @@
 """One case of benchmarks/scaling.py: the package's own loop, watched."""
 
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -213,12 +214,10 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
         world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode != "whole", args.split, tell
     )
     run = scratch / f"run-{case.file}"
-    try:
-        with mock.patch.multiple(loop, guarded_step=seen.step, Saver=seen.saver, Parallel=seen.parallel):
-            loop.train(recipe, run=run, loaders={recipe.stages[0].resolution: loader}, downscale=DOWNSCALE,
-                       device=device, release=lambda folder, state: None, options=options, world=world)  # fmt: skip
-    except Done:
-        pass
+    watched = mock.patch.multiple(loop, guarded_step=seen.step, Saver=seen.saver, Parallel=seen.parallel)
+    with contextlib.suppress(Done), watched:
+        loop.train(recipe, run=run, loaders={recipe.stages[0].resolution: loader}, downscale=DOWNSCALE,
+                   device=device, release=lambda folder, state: None, options=options, world=world)  # fmt: skip
     if args.gpu:
         torch.cuda.synchronize()
     peaks = [world.agree(peak_bytes(device) if world.rank == rank else 0) for rank in range(world.size)]

@@ -219,7 +219,9 @@ class _Work:
                 return False
             hashes = {file: sha256(Path(name, file)) for file in missing}
             rejects = self.rejects[before:]
-            part = old or PartInfo(splits.total(), dict(splits), digest.hexdigest(), {}, rejects, dict(filtered))
+            part = old or PartInfo(
+                splits.total(), dict(splits), digest.hexdigest(), {}, rejects, dict(sorted(filtered.items()))
+            )
             part = replace(part, files={**part.files, **hashes})
             if not (self.out / "store.json").exists() or StoreInfo.read(self.out) != self.info:
                 write_atomic(self.out / "store.json", layout.to_json(self.info))

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -20,10 +19,23 @@ def derive_seed(seed: int, *parts: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _draw(
-    fill: Callable[..., np.ndarray], seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...] = ()
+def draw_normal(
+    seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...] = ()
 ) -> Float[Tensor, "b *shape"]:
-    """Float32 draws, one of the given shape for each position; on the CPU, the same everywhere."""
+    """Standard normal float32 draws, one of the given shape for each position; on the CPU, the same everywhere."""
+    return _draw(np.random.Generator.standard_normal, seed, purpose, positions, shape)
+
+
+def draw_uniform(
+    seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...] = ()
+) -> Float[Tensor, "b *shape"]:
+    """Like `draw_normal`, but uniform in [0, 1)."""
+    return _draw(np.random.Generator.random, seed, purpose, positions, shape)
+
+
+def _draw(
+    fill: Callable[..., np.ndarray], seed: int, purpose: str, positions: Int[Tensor, " b"], shape: tuple[int, ...]
+) -> Float[Tensor, "b *shape"]:
     draws = torch.empty(len(positions), *shape)
     order = positions.argsort()
     blocks, counts = torch.unique_consecutive(positions[order] // BLOCK, return_counts=True)
@@ -32,7 +44,3 @@ def _draw(
         source = np.random.Generator(np.random.Philox(key=derive_seed(seed, purpose, block)))
         draws[rows] = torch.from_numpy(fill(source, (BLOCK, *shape), np.float32))[positions[rows] % BLOCK]
     return draws
-
-
-draw_normal = partial(_draw, np.random.Generator.standard_normal)
-draw_uniform = partial(_draw, np.random.Generator.random)  # in [0, 1)
