@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.quality import Bench, Job, add_data_options, append, interval, name_of, summary
 from benchmarks.quality_data import Data, prepare_data
-from benchmarks.quality_plan import Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
+from benchmarks.quality_plan import COMBINED, Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
 from benchmarks.quality_score import Sampling
 from micro_diffusion.evaluation.judges import FOLDER
 from micro_diffusion.recipes.ablations import ABLATIONS
@@ -39,8 +39,8 @@ from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.log import read_log
 
 RATES = (4e-4, 8e-4, 1.2e-3, 1.6e-3, 2.4e-3, 3.2e-3)
-ORDER = ("no-mixer", "no-unmasked", "mask-0", "mask-50", "mask-87", "no-experts", "constant-widths", "smaller",
-         "less-noise", "averages")  # fmt: skip
+ORDER = ("muon", "less-decay", "no-experts", "less-noise", "no-mixer", "no-unmasked", "mask-0", "mask-50", "mask-87",
+         "constant-widths", "smaller", "averages")  # fmt: skip
 START, TRIAL, MORE = 300.0, 300.0, 60.0  # seconds at most: to load, to try a mode, and then for the other modes
 STARTS = 3  # of a GPU's process
 OVERTIME = 60.0  # seconds after --until at which everything is ended
@@ -348,7 +348,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ablations", nargs="*", default=ORDER, choices=ABLATIONS, metavar="RECIPE",
                         help="at the best rate, in the order of their worth")  # fmt: skip
     parser.add_argument("--candidates", nargs="*", type=candidate, default=(), metavar="RECIPE:SCENES",
-                        help="long runs; default: candidate, the best with two shares, the second, ...")  # fmt: skip
+                        help="long runs, or `combined`; default: it twice, candidate, the best, ...")  # fmt: skip
     parser.add_argument("--scenes", type=float, default=0.5, help="share of the images that are scenes")
     parser.add_argument("--other-scenes", type=float, default=0.35, help="the same, of one long run")
     parser.add_argument("--guidance", nargs="+", type=float, default=[3.0, 2.0, 4.0, 1.5, 5.0],
@@ -381,7 +381,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
         until=args.until, workers=args.gpus, candidates=tuple(args.candidates), samplings=tuple(args.samplings),
         scenes=args.scenes, other_scenes=args.other_scenes, settings=tuple(args.set),
     ))  # fmt: skip
-    for recipe in ("baseline", *args.ablations, *(role for role, _ in plan.roles if isinstance(role, str))):
+    named = [role for role, _ in plan.roles if isinstance(role, str) and role != COMBINED]
+    for recipe in ("baseline", *args.ablations, *named):
         if recipe not in RECIPES:
             raise UserError(f"there is no recipe {recipe!r}")
         plan.short(recipe, None).make()

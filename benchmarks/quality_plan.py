@@ -17,6 +17,12 @@ Row = Mapping[str, Any]
 Graph = tuple[Any, float]  # a shape of model at a mask ratio: what is compiled
 MARGIN = 20.0  # seconds that are left free before the end
 CLOSEST = 3  # ablations that get a second seed
+COMBINED = "combined"  # the role of the recipe `candidate` with every change that was BETTER, as a part of the loss
+BETTER = 0.005
+CHANGES = {
+    "muon": ("optimizer=muon",), "less-decay": ("weight_decay=0.01",), "no-experts": ("model.num_experts=0",),
+    "no-mixer": ("model.use_patch_mixer=false",), "less-noise": ("stages.0.p_mean=-1.2", "stages.1.p_mean=-1.2"),
+}  # fmt: skip
 SAME, FASTER = 0.01, 0.98  # losses of two modes of torch.compile at most so far apart; worth changing from this time on
 
 
@@ -153,7 +159,7 @@ class Plan:
         some = self.settings
         self.roles = [*some.candidates]
         if not self.roles:
-            self.roles.append(("candidate", some.scenes))
+            self.roles += [(COMBINED, some.scenes), (COMBINED, some.other_scenes), ("candidate", some.scenes)]
             for rank in range(some.workers):
                 self.roles += [(rank, some.scenes), (rank, some.other_scenes)]
             del self.roles[some.workers :]
@@ -296,12 +302,20 @@ class Plan:
         """At the best rate; a rank is the recipe that has it now."""
         ranked = [*self.ranking(), "baseline"]
         recipe = role if isinstance(role, str) else ranked[min(role, len(ranked) - 1)]
-        return Job(recipe, self.rate(), 0, seconds, share, self.settings.settings)
+        settings = self.settings.settings + (self.better() if recipe == COMBINED else ())
+        return Job("candidate" if recipe == COMBINED else recipe, self.rate(), 0, seconds, share, settings)
+
+    def better(self) -> tuple[str, ...]:
+        """Settings of the changes with which the short baseline was better."""
+        losses = {name: self.loss(self.short(name, self.rate())) for name in ("baseline", *CHANGES)}
+        base = losses["baseline"] or 0.0
+        found = (change for name, change in CHANGES.items() if (losses[name] or math.inf) < base * (1 - BETTER))
+        return tuple(setting for change in found for setting in change)
 
     def left_for_long(self, worker: int, now: float) -> float:
         """Seconds of training, in whole tens, that end before the time is up, without other ways of sampling."""
         role, share = self.roles[0]
-        recipe = role if isinstance(role, str) else "baseline"
+        recipe = role if isinstance(role, str) and role != COMBINED else "baseline"
         besides = self.cost(Job(recipe, None, 0, 0.0, share, self.settings.settings), worker)
         left = (self.settings.until - MARGIN - now - besides) / 1.02
         return math.inf if math.isinf(left) else 10 * math.floor(left / 10)

@@ -74,6 +74,16 @@ def less_noise() -> Recipe:
     return replace(BASE, name="less-noise", stages=tuple(replace(stage, p_mean=-1.2) for stage in BASE.stages))
 
 
+def muon() -> Recipe:
+    """Orthogonalised momentum for the hidden matrices, at the same rate. Result: not measured yet."""
+    return replace(BASE, name="muon", optimizer="muon")
+
+
+def less_decay() -> Recipe:
+    """A tenth of the paper's weight decay: a small model that should know its drawings. Result: not measured yet."""
+    return replace(BASE, name="less-decay", weight_decay=0.01)
+
+
 def averages() -> Recipe:
     """Averages of five lengths over the last stage, each scored, in place of a half-life. Result: not measured yet."""
     last = replace(BASE.stages[1], ema_halflife_images=0, ema_sigma_rel=(0.05, 0.1, 0.15, 0.2, 0.25))
@@ -96,5 +106,5 @@ ABLATIONS: dict[str, Callable[[], Recipe]] = {
     "baseline": baseline, "no-mixer": no_mixer, "no-unmasked": no_unmasked, "no-experts": no_experts,
     "constant-widths": constant_widths, "smaller": smaller, "less-noise": less_noise, "averages": averages,
     "mask-0": partial(masked, "mask-0", 0.0), "mask-50": partial(masked, "mask-50", 0.5),
-    "mask-87": partial(masked, "mask-87", 0.875), "candidate": candidate,
+    "mask-87": partial(masked, "mask-87", 0.875), "muon": muon, "less-decay": less_decay, "candidate": candidate,
 }  # fmt: skip

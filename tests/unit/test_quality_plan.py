@@ -9,6 +9,7 @@ import pytest
 from benchmarks.quality import Job
 from benchmarks.quality_all import ORDER, RATES, arguments, make_plan
 from benchmarks.quality_plan import (
+    CHANGES,
     MARGIN,
     Plan,
     Score,
@@ -22,12 +23,15 @@ from benchmarks.quality_plan import (
     slice_loss,
 )  # fmt: skip
 from benchmarks.quality_score import Sampling
+from micro_diffusion.cli.train import override
 
+WORTH = ("no-mixer", "no-unmasked", "mask-0", "mask-50", "mask-87", "no-experts", "constant-widths", "smaller",
+         "less-noise", "averages", "muon", "less-decay")  # fmt: skip
 SETTINGS = Settings(
-    rates=RATES, ablations=ORDER, seconds=60.0, long=480.0, until=1500.0, workers=4,
+    rates=RATES, ablations=WORTH, seconds=60.0, long=480.0, until=1500.0, workers=4,
     samplings=(Sampling(3.0), Sampling(2.0)),
 )  # fmt: skip
-LOSSES = {name: 0.30 + 0.01 * index for index, name in enumerate(ORDER)} | {"baseline": 0.345, "candidate": 0.28}
+LOSSES = {name: 0.30 + 0.01 * index for index, name in enumerate(WORTH)} | {"baseline": 0.345, "candidate": 0.28}
 
 
 def row(job: Job, loss: float, right: float = 0.5) -> dict[str, Any]:
@@ -136,10 +140,12 @@ def test_all_of_it_on_four() -> None:
     done = simulated(plan, start=220.0)
     short = [task for *_, task in done if isinstance(task, Job) and task.seconds == 60]
     assert {task.rate for task in short if task.recipe == "baseline" and not task.seed} == set(RATES)
-    assert {task.recipe for task in short} >= {"baseline", *ORDER[:8]}
+    assert {task.recipe for task in short} >= {"baseline", *WORTH[:8]}
     long = [task for *_, task in done if isinstance(task, Job) and task.seconds > 60]
     assert {task.rate for task in long} == {1.6e-3} and {task.scenes for task in long} == {0.5, 0.35}
-    assert {task.recipe for task in long} <= {"candidate", "no-mixer", "no-unmasked"}
+    assert {(task.recipe, *task.settings) for task in long} == {
+        ("candidate", "model.use_patch_mixer=false"), ("candidate",), ("no-mixer",),
+    }  # fmt: skip
     scores = [task for *_, task in done if isinstance(task, Score)]
     assert {task.sampling.guidance for task in scores} == {2.0} and len(scores) == 4  # at 3 each run is scored
 
@@ -205,7 +211,29 @@ def simulated_recipes(plan: Plan) -> list[str]:
     return found
 
 
+def test_what_was_better_than_the_baseline_is_combined() -> None:
+    plan = Plan(replace(SETTINGS, settings=("text_length=16",)))
+    for name, loss in {
+        "baseline": 0.3,
+        "muon": 0.28,
+        "no-mixer": 0.4,
+        "less-noise": 0.2989,
+        "less-decay": 0.29,
+    }.items():
+        plan.take(row(plan.short(name, 1.6e-3), loss))
+    job = plan.long_run("combined", 0.5, 480.0)
+    assert job.settings == ("text_length=16", "optimizer=muon", "weight_decay=0.01")
+    recipe = job.make()
+    assert (recipe.name, recipe.optimizer, recipe.weight_decay) == ("candidate", "muon", 0.01)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_what_its_ablation_changes(name: str) -> None:
+    base, changed = (Job(recipe, 1e-3, 0, 60.0, 0.5, ()).make() for recipe in ("baseline", name))
+    assert name in ORDER and override(base, CHANGES[name]) == replace(changed, name="baseline") != base
+
+
 def test_candidates_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["quality_all", "--out", "a", "--data", "b", "--save", "c", "--candidates", "mask-50:0.4", "averages"]
+    words = ["quality_all", "--out", "a", "--data", "b", "--save", "c", "--candidates", "mask-50:0.4", "combined"]
     monkeypatch.setattr("sys.argv", words)
-    assert make_plan(arguments()).roles == [("mask-50", 0.4), ("averages", 0.5)]
+    assert make_plan(arguments()).roles == [("mask-50", 0.4), ("combined", 0.5)]
