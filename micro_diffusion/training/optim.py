@@ -55,27 +55,28 @@ def make_optimizer(dit: nn.Module, recipe: Recipe) -> AdamW:
     """The recipe's optimizer for all parameters of the model, plain or sharded by FSDP2.
 
     All moments exist from the start, so that a checkpoint can be loaded into them in place. It is a fused AdamW; the
-    groups whose `chunks` is not 0 hold matrices of one shape, and belong to `muon`.
+    groups that have `sides` hold matrices of one shape, some of them turned, and belong to `muon`.
     """
-    chunks, scales = dict.fromkeys(dit.parameters(), 0), dict.fromkeys(dit.parameters(), 1.0)
+    sides: dict[nn.Parameter, tuple[int, ...]] = dict.fromkeys(dit.parameters(), ())
+    scales = dict.fromkeys(dit.parameters(), 1.0)
     for module in dit.modules():
         for kind, names in MATRICES:
             for name, count in names.items() if isinstance(module, kind) else ():
                 parameter = module.get_parameter(name)
-                chunks[parameter] = count if recipe.optimizer == "muon" else 0
+                if recipe.optimizer == "muon":
+                    sides[parameter] = tuple(sorted((parameter.shape[-2] // count, parameter.shape[-1])))
                 scales[parameter] = recipe.expert_learning_rate_scale if kind is ExpertChoiceMoE else 1.0
     groups: dict[Any, Any] = {}
-    for parameter, count in chunks.items():
-        group = {"params": [], "chunks": count, "lr_scale": scales[parameter], "momentum": recipe.muon_momentum}
-        key = count, scales[parameter], parameter.shape if count else None
-        groups.setdefault(key, group)["params"].append(parameter)
+    for parameter, shape in sides.items():
+        group = {"params": [], "sides": shape, "lr_scale": scales[parameter], "momentum": recipe.muon_momentum}
+        groups.setdefault((shape, scales[parameter]), group)["params"].append(parameter)
     optimizer = AdamW(
         list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
     )
-    for parameter, count in chunks.items():
-        moments = ("momentum",) if count else ("exp_avg", "exp_avg_sq")
+    for parameter, shape in sides.items():
+        moments = ("momentum",) if shape else ("exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in moments}
-        if not count:
+        if not shape:
             optimizer.state[parameter]["step"] = torch.zeros((), device=parameter.device)
     return optimizer
 
@@ -97,14 +98,18 @@ def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""],
     torch._foreach_add_(ahead, buffers, alpha=group["momentum"])
     dtype = torch.bfloat16 if ahead[0].is_cuda else torch.float32  # a CPU is no faster in bf16
     full = [_gather(part.to(dtype), parameter) for part, parameter in zip(ahead, held, strict=True)]
-    matrices = torch.cat([each.reshape(-1, each.shape[-2] // group["chunks"], each.shape[-1]) for each in full])
-    directions = orthogonalise(matrices, dtype=dtype).split(len(matrices) // len(held))
-    rate = taken * (group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5)
-    kept = 1 - taken * (group["lr"] * group["weight_decay"])
-    for parameter, direction in zip(held, directions, strict=True):
-        own = _own_part(direction.reshape(parameter.shape), parameter)
-        _local(parameter).mul_(kept).sub_(own.to(parameter.dtype) * rate)
+    stacks = [each.reshape(-1, sum(group["sides"]) - each.shape[-1], each.shape[-1]) for each in full]
+    flat = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
+    found = orthogonalise(torch.cat(flat), dtype=dtype).split([len(stack) for stack in stacks])
+    moves = []
+    for parameter, stack, direction in zip(held, stacks, found, strict=True):
+        turned = direction.mT if direction.shape != stack.shape else direction
+        moves.append(_own_part(turned.reshape(parameter.shape), parameter).to(parameter.dtype))
         parameter.grad = None
+    own = [_local(parameter) for parameter in held]
+    torch._foreach_mul_(moves, taken * (group["lr"] * 0.2 * max(group["sides"]) ** 0.5))
+    torch._foreach_mul_(own, 1 - taken * (group["lr"] * group["weight_decay"]))
+    torch._foreach_sub_(own, moves)
 
 
 class Step(NamedTuple):
@@ -126,7 +131,7 @@ def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float, clip_n
     optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-        if group["chunks"]:
+        if group["sides"]:
             muon(optimizer, group, divisor=optimizer.grad_scale, taken=taken)  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
