@@ -6,7 +6,7 @@ Pure: it sees jobs, rows of results and clocks, and starts nothing.
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +23,7 @@ CHANGES = {
     "muon": ("optimizer=muon",), "less-decay": ("weight_decay=0.01",), "no-experts": ("model.num_experts=0",),
     "no-mixer": ("model.use_patch_mixer=false",), "less-noise": ("stages.0.p_mean=-1.2", "stages.1.p_mean=-1.2"),
 }  # fmt: skip
+FACTORS = {"muon": (1.0, 2.0, 4.0)}  # of the best rate at which a recipe is tried; the others at that rate alone
 SAME, FASTER = 0.01, 0.98  # losses of two modes of torch.compile at most so far apart; worth changing from this time on
 
 
@@ -193,25 +194,37 @@ class Plan:
 
     def ablations(self) -> list[Job]:
         """Phase 2, at the best rate so far."""
-        rate = self.rate()
-        known = rate is not None or self.settled(self.rates())
-        return [self.short(name, rate) for name in self.settings.ablations] if known else []
+        known = self.rate() is not None or self.settled(self.rates())
+        return [job for name in self.settings.ablations for job in self.tried(name)] if known else []
+
+    def tried(self, recipe: str) -> list[Job]:
+        """The short runs of a recipe, seed 0."""
+        rate, factors = self.rate(), FACTORS.get(recipe, (1.0,))
+        rates = [float(f"{rate * factor:.6g}") for factor in factors] if rate else [None]
+        return [self.short(recipe, each) for each in rates]
+
+    def best(self, recipe: str) -> Job | None:
+        """Of these, the one with the lowest loss on the slice; None while there is none."""
+        losses = {job: loss for job in self.tried(recipe) if (loss := self.loss(job)) is not None}
+        return min(losses, key=losses.__getitem__, default=None)
 
     def seeds(self) -> list[Job]:
         """Phase 3: the baseline and the ablations closest to it so far, but for one that only averages otherwise."""
-        base = self.loss(self.short("baseline", self.rate()))
+        losses = {
+            job: slice_loss(self.finished[job]) for name in ("baseline", *self.settings.ablations)
+            if (job := self.best(name)) and averages(job) == 1
+        }  # fmt: skip
+        base = self.best("baseline")
         if base is None:
             return []
-        others = [job for job in self.ablations() if averages(job) == 1]
-        apart = {job.recipe: abs(loss - base) for job in others if (loss := self.loss(job)) is not None}
-        closest = sorted(apart, key=apart.__getitem__)[:CLOSEST]
-        return [self.short(name, self.rate(), 1) for name in ("baseline", *closest)]
+        apart = {job: abs(loss - losses[base]) for job, loss in losses.items() if job != base}
+        return [replace(job, seed=1) for job in (base, *sorted(apart, key=apart.__getitem__)[:CLOSEST])]
 
     def ranking(self) -> list[str]:
-        """Recipes by their mean loss on the slice at the best rate, over seeds."""
+        """Recipes by their mean loss on the slice at their best rate, over seeds."""
         losses: dict[str, list[float]] = {}
         for job, row in self.finished.items():
-            if job == self.short(job.recipe, self.rate(), job.seed):
+            if (best := self.best(job.recipe)) and job == replace(best, seed=job.seed):
                 losses.setdefault(job.recipe, []).append(slice_loss(row))
         return sorted(losses, key=lambda name: statistics.fmean(losses[name]))
 
@@ -299,18 +312,21 @@ class Plan:
         return None
 
     def long_run(self, role: str | int, share: float, seconds: float) -> Job:
-        """At the best rate; a rank is the recipe that has it now."""
+        """At the recipe's best rate, or the baseline's; a rank is the recipe that has it now."""
         ranked = [*self.ranking(), "baseline"]
         recipe = role if isinstance(role, str) else ranked[min(role, len(ranked) - 1)]
-        settings = self.settings.settings + (self.better() if recipe == COMBINED else ())
-        return Job("candidate" if recipe == COMBINED else recipe, self.rate(), 0, seconds, share, settings)
+        settings, same = self.settings.settings, self.best(recipe)
+        if recipe == COMBINED:
+            better = self.better()
+            settings += tuple(setting for name in better for setting in CHANGES[name])
+            recipe, same = "candidate", self.best("muon") if "muon" in better else None
+        return Job(recipe, same.rate if same else self.rate(), 0, seconds, share, settings)
 
-    def better(self) -> tuple[str, ...]:
-        """Settings of the changes with which the short baseline was better."""
-        losses = {name: self.loss(self.short(name, self.rate())) for name in ("baseline", *CHANGES)}
-        base = losses["baseline"] or 0.0
-        found = (change for name, change in CHANGES.items() if (losses[name] or math.inf) < base * (1 - BETTER))
-        return tuple(setting for change in found for setting in change)
+    def better(self) -> list[str]:
+        """The changes with which the short baseline was better."""
+        base, found = self.best("baseline"), {name: self.best(name) for name in CHANGES}
+        losses = {name: slice_loss(self.finished[job]) for name, job in found.items() if job}
+        return [name for name, loss in losses.items() if base and loss < (1 - BETTER) * slice_loss(self.finished[base])]
 
     def left_for_long(self, worker: int, now: float) -> float:
         """Seconds of training, in whole tens, that end before the time is up, without other ways of sampling."""

@@ -213,18 +213,17 @@ def simulated_recipes(plan: Plan) -> list[str]:
 
 def test_what_was_better_than_the_baseline_is_combined() -> None:
     plan = Plan(replace(SETTINGS, settings=("text_length=16",)))
-    for name, loss in {
-        "baseline": 0.3,
-        "muon": 0.28,
-        "no-mixer": 0.4,
-        "less-noise": 0.2989,
-        "less-decay": 0.29,
-    }.items():
+    losses = {"baseline": 0.3, "muon": 0.29, "no-mixer": 0.4, "less-noise": 0.2989, "less-decay": 0.29}
+    for name, loss in losses.items():
         plan.take(row(plan.short(name, 1.6e-3), loss))
+    plan.take(row(plan.short("muon", 3.2e-3), 0.28))
+    assert [job.rate for job in plan.tried("muon")] == [1.6e-3, 3.2e-3, 6.4e-3]
     job = plan.long_run("combined", 0.5, 480.0)
-    assert job.settings == ("text_length=16", "optimizer=muon", "weight_decay=0.01")
+    assert (job.rate, job.settings) == (3.2e-3, ("text_length=16", "optimizer=muon", "weight_decay=0.01"))
     recipe = job.make()
     assert (recipe.name, recipe.optimizer, recipe.weight_decay) == ("candidate", "muon", 0.01)
+    assert plan.ranking() == ["muon", "less-decay", "less-noise", "baseline", "no-mixer"]
+    assert [plan.long_run(role, 0.5, 480.0).rate for role in (0, 1, "candidate")] == [3.2e-3, 1.6e-3, 1.6e-3]
 
 
 @pytest.mark.parametrize("name", CHANGES)
