@@ -217,7 +217,7 @@ def test_what_was_better_than_the_baseline_is_combined() -> None:
     for name, loss in losses.items():
         plan.take(row(plan.short(name, 1.6e-3), loss))
     plan.take(row(plan.short("muon", 3.2e-3), 0.28))
-    assert [job.rate for job in plan.tried("muon")] == [1.6e-3, 3.2e-3, 6.4e-3]
+    assert [job.rate for job in plan.tried("muon")] == [1.6e-3, 3.2e-3, 6.4e-3, 1.28e-2]
     job = plan.long_run("combined", 0.5, 480.0)
     assert (job.rate, job.settings) == (3.2e-3, ("text_length=16", "optimizer=muon", "weight_decay=0.01"))
     recipe = job.make()
