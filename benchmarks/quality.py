@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.quality_data import RESOLUTION, Data, hold, prepare_data
-from benchmarks.quality_train import Trainer, at_rate, fitted
+from benchmarks.quality_train import MODES, Trainer, at_rate, fitted
 from benchmarks.step import machine
 from micro_diffusion.cli.train import override
 from micro_diffusion.models.autoencoders import Autoencoder, load_autoencoder
@@ -259,7 +259,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--probe", action="store_true", help="time the stages of the recipes, train nothing")
     parser.add_argument(
-        "--mode", default="default", choices=["default", "reduce-overhead", "none"], help="torch.compile"
+        "--mode", default="graph", choices=MODES, help="how a step runs: as one CUDA graph, or torch.compile's"
     )
     parser.add_argument(
         "--profile", action=argparse.BooleanOptionalAction, default=True, help="measure the GPU's idle time"

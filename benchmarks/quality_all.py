@@ -32,6 +32,7 @@ from benchmarks.quality import Bench, Job, add_data_options, append, interval, n
 from benchmarks.quality_data import Data, prepare_data
 from benchmarks.quality_plan import COMBINED, Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
 from benchmarks.quality_score import Sampling
+from benchmarks.quality_train import MODES
 from micro_diffusion.evaluation.judges import FOLDER
 from micro_diffusion.recipes.ablations import ABLATIONS
 from micro_diffusion.recipes.recipe import RECIPES
@@ -358,9 +359,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=30, help="sampling steps, of Heun's method")
     parser.add_argument("--per-task", type=int, default=64, help="scenes of each task")
     parser.add_argument("--set", nargs="*", default=[], help="changes of the recipes, as in micro-diffusion train")
-    parser.add_argument("--modes", nargs="+", default=["default", "reduce-overhead"], metavar="MODE",
-                        choices=["default", "reduce-overhead", "none"],
-                        help="of torch.compile: the fastest with the losses of the first is taken")  # fmt: skip
+    parser.add_argument("--modes", nargs="+", default=["reduce-overhead", "graph"], metavar="MODE", choices=MODES,
+                        help="of a step: the fastest with the losses of the first is taken")  # fmt: skip
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
                         help="measure the GPU's idle time")  # fmt: skip
     parser.add_argument("--judges", type=Path, default=FOLDER, help="folder of the judges")

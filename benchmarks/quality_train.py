@@ -1,7 +1,7 @@
 """How benchmarks/quality.py trains: stages fitted to a budget of seconds, models compiled once for all runs."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -15,13 +15,15 @@ from micro_diffusion.models.dit import DiT, DiTConfig
 from micro_diffusion.runtime.random import derive_seed
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.ema import follow
-from micro_diffusion.training.feed import Examples
+from micro_diffusion.training.graph import EAGER, Graphed
 from micro_diffusion.training.loop import add_gradient
 from micro_diffusion.training.optim import guarded_step, learning_rate, make_optimizer
 from micro_diffusion.training.stages import State, first_state, next_state
 
 CHECKS = 12  # validations of a run, evenly over its images
-WARM, TIMED, PROFILED = {"cuda": 3, "cpu": 1}, {"cuda": 30, "cpu": 2}, 5  # steps
+WARM, TIMED, PROFILED = {"cuda": EAGER + 2, "cpu": 1}, {"cuda": 30, "cpu": 2}, 5  # steps
+MODES = ("graph", "reduce-overhead", "default", "none")
+"""How a step runs: compiled and, whole, one CUDA graph (batch, draws, optimizer and all); or torch.compile's modes."""
 
 
 class Speed(NamedTuple):
@@ -64,36 +66,14 @@ class Trainer:
         config = state.dit.config
         if config not in self.models:
             compiled = recipe.compile and self.mode != "none"
-            network = torch.compile(state.dit, dynamic=False, mode=self.mode) if compiled else state.dit
+            mode = "default" if self.mode == "graph" else self.mode
+            network = torch.compile(state.dit, dynamic=False, mode=mode) if compiled else state.dit
             self.models[config] = state.dit, cast(DiT, network)
         dit, network = self.models[config]
         if dit is not state.dit:
             dit.load_state_dict(state.dit.state_dict())
         dit.zero_grad(set_to_none=True)
         return replace(state, dit=dit, optimizer=make_optimizer(dit, recipe)), network
-
-    def batches(self, recipe: Recipe, stage: Stage, *, patches: int, purpose: str) -> Iterator[Examples]:
-        """Batches without end, drawn by (seed, stage, purpose)."""
-        draws = torch.Generator(self.device).manual_seed(derive_seed(recipe.seed, purpose, stage.name))
-        counts = [round(stage.batch_size * share) for share in self.shares[:-1]]
-        counts.append(stage.batch_size - sum(counts))
-        while True:
-            yield examples(self.held, counts, recipe, stage, patches=patches, draws=draws)
-
-    def step(
-        self, recipe: Recipe, stage: Stage, state: State, network: DiT, batch: Examples, into: int
-    ) -> torch.Tensor:
-        """One step, which ends `into` images into the stage; returns the loss."""
-        if self.mode == "reduce-overhead":
-            torch.compiler.cudagraph_mark_step_begin()
-        losses = add_gradient(
-            network, recipe.make_objective(stage), recipe, stage.mask_ratio, stage.batch_size, batch
-        )  # fmt: skip
-        loss = losses.sum() / stage.batch_size
-        step = guarded_step(state.optimizer, loss, lr=learning_rate(stage, into), clip_norm=stage.clip_norm)
-        state.skipped += ~step.taken
-        state.ema = follow(state.ema, state.dit, stage, images=into)
-        return loss
 
     def now(self) -> float:
         """The time at which the device has done all it was given."""
@@ -108,12 +88,12 @@ class Trainer:
         if key not in self.speeds:
             began = self.now()
             (state, network), kind = self.fresh(recipe), self.device.type
-            batches = self.batches(recipe, stage, patches=state.dit.num_patches, purpose="probe")
+            step, into = Steps(self, recipe, stage, state, network, "probe"), stage.ema_start_images + stage.batch_size
 
             def steps(count: int) -> float:
                 before = self.now()
                 for _ in range(count):
-                    self.step(recipe, stage, state, network, next(batches), stage.ema_start_images + stage.batch_size)
+                    step(into)
                 return self.now() - before
 
             steps(WARM[kind])
@@ -131,9 +111,8 @@ class Trainer:
     def trial(self, recipe: Recipe, stage: Stage, count: int = 20) -> float:
         """Mean loss of the last five of so many steps from the start: another mode must come to the same."""
         state, network = self.fresh(recipe)
-        batches = self.batches(recipe, stage, patches=state.dit.num_patches, purpose="trial")
-        sizes = (step * stage.batch_size for step in range(1, count + 1))
-        losses = [self.step(recipe, stage, state, network, next(batches), into) for into in sizes]
+        step = Steps(self, recipe, stage, state, network, "trial")
+        losses = [step(number * stage.batch_size) for number in range(1, count + 1)]
         return torch.stack(losses[-5:]).mean().item()
 
     def run(
@@ -145,10 +124,10 @@ class Trainer:
         for number, stage in enumerate(recipe.stages):
             if number:
                 state = next_state(recipe, state, downscale=8)
-            batches = self.batches(recipe, stage, patches=state.dit.num_patches, purpose="train")
+            step = Steps(self, recipe, stage, state, network, "train")
             losses, since = list[torch.Tensor](), self.now()
             for into in range(stage.batch_size, stage.images + 1, stage.batch_size):
-                losses.append(self.step(recipe, stage, state, network, next(batches), into))
+                losses.append(step(into))
                 before, state.images = state.images, state.images + stage.batch_size
                 if state.images // every != before // every or into == stage.images:
                     used += self.now() - since
@@ -159,3 +138,42 @@ class Trainer:
                     rows.append(row | check(state))
                     losses, since = [], self.now()
         return state, rows, used
+
+
+class Steps:
+    """The steps of one stage, one after the other; its batches are drawn by (seed, stage, purpose)."""
+
+    def __init__(
+        self, trainer: Trainer, recipe: Recipe, stage: Stage, state: State, network: DiT, purpose: str
+    ) -> None:
+        self.trainer, self.recipe, self.stage, self.state, self.network = trainer, recipe, stage, state, network
+        self.draws = torch.Generator(trainer.device).manual_seed(derive_seed(recipe.seed, purpose, stage.name))
+        self.counts = [round(stage.batch_size * share) for share in trainer.shares[:-1]]
+        self.counts.append(stage.batch_size - sum(self.counts))
+        graphed = trainer.mode == "graph" and trainer.device.type == "cuda"
+        self.graph = Graphed(self.whole, [self.draws]) if graphed else None
+        for group in state.optimizer.param_groups:
+            group["capturable"] = graphed
+
+    def __call__(self, into: int) -> torch.Tensor:
+        """The step that ends `into` images into the stage; returns the loss."""
+        rate = learning_rate(self.stage, into)
+        if self.trainer.mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = self.graph(torch.full((), rate, device=self.trainer.device)) if self.graph else self.whole(rate)
+        self.state.ema = follow(self.state.ema, self.state.dit, self.stage, images=into)
+        return loss.clone()
+
+    def whole(self, rate: float | torch.Tensor) -> torch.Tensor:
+        """Batch, loss, gradient, step, by the package's own functions."""
+        recipe, stage, state = self.recipe, self.stage, self.state
+        batch = examples(
+            self.trainer.held, self.counts, recipe, stage, patches=state.dit.num_patches, draws=self.draws
+        )  # fmt: skip
+        losses = add_gradient(
+            self.network, recipe.make_objective(stage), recipe, stage.mask_ratio, stage.batch_size, batch
+        )  # fmt: skip
+        loss = losses.sum() / stage.batch_size
+        step = guarded_step(state.optimizer, loss, lr=rate, clip_norm=stage.clip_norm)
+        state.skipped += ~step.taken
+        return loss

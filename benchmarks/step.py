@@ -53,6 +53,7 @@ from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.hardware import gpu_of
 from micro_diffusion.training.config import Recipe, Stage
+from micro_diffusion.training.graph import Graphed
 from micro_diffusion.training.optim import guarded_step, make_optimizer
 
 TEXT_LENGTH, TEXT_WIDTH = 77, 1024
@@ -81,6 +82,7 @@ class Case:
     compile: bool
     profiled_steps: int
     inductor: dict[str, Any] = field(default_factory=dict)
+    graph: bool = False
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def _measure(case: Case) -> dict[str, Any]:
     )  # fmt: skip
     step = make_step(case, config, device)
     first = sum(waited(step, 3, gpu=gpu))
+    waited(step, 2 * case.graph, gpu=gpu)  # the capture
     seconds = streamed(step, case.steps) if gpu else waited(step, case.steps, gpu=gpu)
     synchronised = statistics.median(waited(step, SYNCHRONISED, gpu=gpu)) if gpu else None
     memory = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -187,7 +190,9 @@ def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[
             total += loss.detach()
         guarded_step(optimizer, total, lr=1e-4, clip_norm=0.25)
 
-    return step
+    for group in optimizer.param_groups:
+        group["capturable"] = case.graph
+    return Graphed(step) if case.graph else step
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--profiled-steps", type=int, default=2, help="0 profiles nothing")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu)
     parser.add_argument("--inductor", nargs="+", type=setting, default=[], metavar="NAME=VALUE")
+    parser.add_argument("--graph", action="store_true", help="replay whole steps as a CUDA graph")
     parser.add_argument("--repeat", type=int, default=1, help="processes of each case, one after the other")
     args = parser.parse_args()
     if args.inductor and not args.compile:
@@ -229,7 +235,8 @@ def main() -> None:
         latent_size, mask_ratio = int(pixels) // PIXELS, float(mask or 0)
         micro = args.micro_batch or max(1, MICRO_BATCH.get(mask_ratio, 64) * 32**2 // latent_size**2)
         case = Case(preset, latent_size, mask_ratio, path, args.batch_size, min(args.batch_size, micro),
-                    args.steps, args.device, args.compile, args.profiled_steps, dict(args.inductor))  # fmt: skip
+                    args.steps, args.device, args.compile, args.profiled_steps, dict(args.inductor),
+                    args.graph)  # fmt: skip
         rows.append(repeated(case, args.repeat))
         print(line(rows[-1]), flush=True)
         result = {"machine": machine(args.device), "rows": rows}

@@ -54,8 +54,8 @@ def stage(row: Mapping[str, Any]) -> str:
 
 
 def settings(row: Mapping[str, Any]) -> str:
-    """What a row of `step` was given for Inductor, to follow its path."""
-    told = row.get("inductor", {}).items()
+    """What a row of `step` was given besides, to follow its path."""
+    told = [*row.get("inductor", {}).items(), *([("one CUDA graph", True)] if row.get("graph") else [])]
     return "".join(f", {name}" if value is True else f", {name}={value}" for name, value in told)
 
 

@@ -23,13 +23,13 @@ from micro_diffusion.runtime.files import remove_leftovers, write_atomic
 from micro_diffusion.runtime.log import RunLog
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.checkpoint import Saver
-from micro_diffusion.training.config import Recipe, require
+from micro_diffusion.training.config import Recipe, Stage, require
 from micro_diffusion.training.ema import follow
 from micro_diffusion.training.feed import Examples, feed
 from micro_diffusion.training.guard import stretches, watch
 from micro_diffusion.training.hooks import Hook, Moment, Validation
 from micro_diffusion.training.meter import Meter
-from micro_diffusion.training.optim import guarded_step, learning_rate
+from micro_diffusion.training.optim import Step, guarded_step, learning_rate
 from micro_diffusion.training.options import DEFAULTS, Options
 from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import First, State, first_state, next_state
@@ -78,28 +78,26 @@ def train(
             objective, patches = recipe.make_objective(stage), state.dit.num_patches
             network, micro_batch = parallel.network(state.dit), 0
             loader, trouble, share = loaders[stage.resolution], None, stage.batch_size // world.size
+            work, work_ratio = None, -1.0
             data = stretches(state.images, end, state.guard.windows, size=stage.batch_size)
             batches = feed(loader, recipe, stage, patches=patches, data=data, device=device, world=world)
             meter.restart()
             with contextlib.closing(batches):
                 for batch in batches:
-                    # loss, backward
-                    mask_ratio = stage.mask_ratio_at(state.images - (end - stage.images))
-                    backward = functools.partial(add_gradient, network, objective, recipe, mask_ratio, share)
-                    micro_batch = micro_batch or parallel.fit(network, batch, stage, backward)
-                    loss = torch.zeros((), device=device)
-                    for part in parallel.split(network, batch, micro_batch):
-                        losses = backward(part)
-                        loss += losses.sum() / share
-                        meter.add_levels(part.sigma_normal, losses)
-                    loss = world.mean(loss)
-
-                    # guard, clip, step, clock
                     before, state.images = state.images, state.images + stage.batch_size
                     into_stage = state.images - (end - stage.images)
+                    mask_ratio = stage.mask_ratio_at(into_stage - stage.batch_size)
                     rate = learning_rate(stage, into_stage)
-                    step = guarded_step(state.optimizer, loss, lr=rate, clip_norm=stage.clip_norm)
-                    state.skipped += ~step.taken
+                    if work is None or mask_ratio != work_ratio:
+                        backward = functools.partial(add_gradient, network, objective, recipe, mask_ratio, share)
+                        micro_batch = micro_batch or parallel.fit(network, batch, stage, backward)
+                        step_of = functools.partial(whole_step, parallel, network, state, stage, backward, micro_batch)
+                        work, work_ratio = parallel.captured(step_of, state.optimizer), mask_ratio
+
+                    # loss, backward, guard, clip, step
+                    losses, loss, step = work(batch, rate)
+                    for part, each in zip(batch.split(micro_batch), losses, strict=True):
+                        meter.add_levels(part.sigma_normal, each)
                     state.ema = follow(state.ema, state.dit, stage, images=into_stage)
                     state.guard.add(before, loss, step)
                     meter.add(loss, step, images=stage.batch_size)
@@ -147,6 +145,21 @@ def train(
                 saver.wait()
                 return seen.dit
             state = next_state(recipe, state, downscale=downscale, shard=parallel.shard)
+
+
+def whole_step(
+    parallel: Parallel, network: DiT, state: State, stage: Stage, backward: Callable[[Examples], Tensor],
+    micro_batch: int, batch: Examples, rate: float | Tensor,
+) -> tuple[list[Tensor], Tensor, Step]:  # fmt: skip
+    """Train on a batch: losses of the images of each micro-batch, their mean over all ranks, and the step taken."""
+    losses, loss = list[Tensor](), torch.zeros((), device=batch.latents.device)
+    for part in parallel.split(network, batch, micro_batch):
+        losses.append(backward(part))
+        loss += losses[-1].sum() / len(batch.latents)
+    loss = parallel.world.mean(loss)
+    step = guarded_step(state.optimizer, loss, lr=rate, clip_norm=stage.clip_norm)
+    state.skipped += ~step.taken
+    return losses, loss, step
 
 
 def add_gradient(

@@ -92,7 +92,9 @@ def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""],
     if not held:
         return
     buffers = [_local(optimizer.state[parameter]["momentum"]) for parameter in held]
-    ahead = [torch.where(taken, _local(parameter.grad) / divisor, 0.0) for parameter in held]
+    ahead = torch._foreach_div([_local(parameter.grad) for parameter in held], divisor)
+    for each in ahead:
+        each.masked_fill_(~taken, 0.0)
     torch._foreach_mul_(buffers, torch.where(taken, group["momentum"], 1.0))
     torch._foreach_add_(buffers, ahead)
     torch._foreach_add_(ahead, buffers, alpha=group["momentum"])
@@ -119,7 +121,7 @@ class Step(NamedTuple):
     taken: Bool[Tensor, ""]
 
 
-def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float, clip_norm: float) -> Step:
+def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float | Float[Tensor, ""], clip_norm: float) -> Step:
     """Clip by the global norm and step, or leave weights and moments alone where loss or gradient is not finite.
 
     The host never waits: fused AdamW divides by `grad_scale` and obeys `found_inf` inside its kernel, the way that

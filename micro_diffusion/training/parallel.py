@@ -9,13 +9,14 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from micro_diffusion.models.dit import DiT
@@ -23,8 +24,10 @@ from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.feed import Examples
+from micro_diffusion.training.graph import Graphed
 from micro_diffusion.training.options import Options
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 BUCKET_MB = 200  # of gradients in one all-reduce: with torch's 25 it was hidden less well (docs/results.md)
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nobody here writes into
@@ -37,6 +40,8 @@ class Parallel:
         self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
         several = "ddp" if options.parallel == "auto" else options.parallel
         self.mode = several if world.size > 1 else "single"
+        if options.cuda_graph and (self.mode != "single" or device.type != "cuda"):
+            raise UserError("--cuda-graph is for one CUDA GPU")
         self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
         for stage in recipe.stages:
             self.micro_batch(stage)
@@ -100,6 +105,17 @@ class Parallel:
             yield part
         if isinstance(network, FSDPModule):
             network.set_reshard_after_forward(True)  # where no backward pass follows
+
+    def captured(
+        self, work: Callable[[Examples, float | Tensor], T], optimizer: AdamW
+    ) -> Callable[[Examples, float], T]:
+        """A step of a batch at a learning rate; as a CUDA graph if that was asked for."""
+        if not self.options.cuda_graph:
+            return work
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        graph = Graphed(lambda rate, *columns: work(Examples(*columns), rate))
+        return lambda batch, rate: graph(torch.full((), rate, device=self.device), *batch)
 
     def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:
         """The micro-batch of a stage, halved until forward and backward of its first one fit on every rank.

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+import pytest
 import torch
 from integration.test_resume import ROOT, Kill, RandomRows, recipe, same_models
 from PIL import Image
@@ -20,8 +22,10 @@ from micro_diffusion.data.loader import Batch
 from micro_diffusion.data.records import Caption, Record
 from micro_diffusion.data.store import AutoencoderInfo, StoreInfo, TextInfo
 from micro_diffusion.data.stream import Stream
+from micro_diffusion.runtime.log import read_log
 from micro_diffusion.training.feed import Examples, feed
 from micro_diffusion.training.loop import train
+from micro_diffusion.training.options import Options
 from micro_diffusion.training.parallel import make_deterministic
 from micro_diffusion.training.stages import State
 
@@ -61,6 +65,36 @@ def test_kill_and_resume_is_bit_identical_in_deterministic_mode(tmp_path: Path) 
         assert start(killed, moment, images) == -signal.SIGKILL
     assert start(killed) == 0
     same_models(undisturbed, killed)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_as_one_cuda_graph_is_the_same_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: Literal["adamw", "muon"]
+) -> None:
+    """With a change of the mask, micro-batches, a learning rate that moves, checkpoints in between."""
+    made = replace(recipe(), precision="bf16", compile=True, text_length=3, optimizer=optimizer)
+    first, second = made.stages
+    made = replace(made, stages=(replace(first, mask_schedule=((32, 0.25),)), second))
+    captures, capture = [], torch.cuda.graph
+
+    def counted(graph: torch.cuda.CUDAGraph, **settings: Any) -> torch.cuda.graph:
+        captures.append(graph)
+        return capture(graph, **settings)
+
+    monkeypatch.setattr(torch.cuda, "graph", counted)
+    for name in ("launches", "graph"):
+        train(
+            made, run=tmp_path / name, loaders={64: Rows(8), 128: Rows(16)}, downscale=8, device=torch.device("cuda"),
+            release=lambda path, state: None, options=Options(cuda_graph=name == "graph"),
+        )  # fmt: skip
+        assert len(captures) == (3 if name == "graph" else 0)
+    expected, found = (read_log(tmp_path / name / "log.jsonl") for name in ("launches", "graph"))
+    assert len(expected) == len(found) == 30
+    for a, b in zip(expected, found, strict=True):
+        assert (a["images"], a["learning_rate"], b["skipped"]) == (b["images"], b["learning_rate"], 0)
+        for name in ("loss", "grad_norm", "weight_norm"):
+            assert b[name] == pytest.approx(a[name], rel=2e-2), (a["images"], name)
+    assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-5)
 
 
 class Encoders:

@@ -99,6 +99,14 @@ def test_what_does_not_divide(one_stage: Callable[..., Recipe], size: int, optio
         Parallel(Options(micro_batch=option), World(size=size), one_stage(), CPU)
 
 
+@pytest.mark.parametrize(("size", "device"), [(1, CPU), (2, torch.device("cuda"))])
+def test_a_step_is_one_cuda_graph_on_one_gpu_only(
+    one_stage: Callable[..., Recipe], size: int, device: torch.device
+) -> None:
+    with pytest.raises(UserError, match="--cuda-graph is for one CUDA GPU"):
+        Parallel(Options(cuda_graph=True), replace(ALONE, size=size), one_stage(), device)
+
+
 def test_options_that_cannot_be() -> None:
     with pytest.raises(UserError, match="--deadline must be positive"):
         Options(deadline=0)
