@@ -99,6 +99,18 @@ class Bench:
 
         return {name: validation_loss(dit, held, recipe) for name, held in self.checked.items()}
 
+    def progress(self, dit: DiT, recipe: Recipe) -> dict[str, float]:
+        """Validation losses on the way; of a model that is kept, also what the judges say of its drawings."""
+        losses = self.check(dit, recipe)
+        return losses | (self.judges.of_drawings(self.model(dit, recipe), self.sampling[0]) if self.args.save else {})
+
+    def model(self, dit: DiT, recipe: Recipe) -> LatentDiffusion:
+        """Weights with all that it takes to draw."""
+        return LatentDiffusion(
+            dit, recipe.make_objective(recipe.stages[-1]), load_vae=lambda: self.autoencoder,
+            load_text_encoder=lambda: self.text_encoder, text_length=recipe.text_length, precision=recipe.precision,
+        )  # fmt: skip
+
     def probe(self, job: Job) -> Iterator[dict[str, Any]]:
         """How fast each stage trains."""
         recipe = job.make()
@@ -112,7 +124,7 @@ class Bench:
         self.trainer.shares = 1 - job.scenes, job.scenes
         speeds = [self.trainer.speed(recipe, stage) for stage in recipe.stages]
         recipe = fitted(recipe, [speed.images_per_second for speed in speeds], job.seconds)
-        state, rows, used = self.trainer.run(recipe, lambda state: self.check(state.shown, recipe))
+        state, rows, used = self.trainer.run(recipe, lambda state: self.progress(state.shown, recipe))
         trained = time.perf_counter()
         dits = {"weights": state.dit}
         if state.ema:
@@ -137,10 +149,7 @@ class Bench:
 
     def scores(self, dit: DiT, recipe: Recipe, name: str) -> Iterator[dict[str, Any]]:
         """What the judges say of a model, for each way of sampling."""
-        model = LatentDiffusion(
-            dit, recipe.make_objective(recipe.stages[-1]), load_vae=lambda: self.autoencoder,
-            load_text_encoder=lambda: self.text_encoder, text_length=recipe.text_length, precision=recipe.precision,
-        )  # fmt: skip
+        model = self.model(dit, recipe)
         for sampling in self.sampling:
             yield {"weights": name, "sampling": str(sampling), **self.judges.score(model, sampling)}
 

@@ -92,6 +92,12 @@ class Judges:
 
     def score(self, model: LatentDiffusion, sampling: Sampling) -> dict[str, float]:
         """Shares right: concept, style and both by kind of pair, and each task of the scenes."""
+        numbers = self.of_drawings(model, sampling)
+        drawn, truths = draw(model, self.scenes, sampling), [prompt.truth for prompt in self.scenes]
+        return numbers | task_scores(truths, list(map(verdict, truths, find(self.detector, drawn))))
+
+    def of_drawings(self, model: LatentDiffusion, sampling: Sampling) -> dict[str, float]:
+        """The first half of it."""
         drawn, truths = draw(model, self.drawings, sampling), [prompt.truth for prompt in self.drawings]
         numbers: dict[str, float] = {}
         for mark, judge in self.judges.items():
@@ -100,8 +106,7 @@ class Judges:
                 rows = [index for index, truth in enumerate(truths) if truth["split"] == kind]
                 for measure, hit in hits.items() if rows else ():
                     numbers[f"{measure}, {words}{mark}"] = float(hit[rows].float().mean())
-        drawn, truths = draw(model, self.scenes, sampling), [prompt.truth for prompt in self.scenes]
-        return numbers | task_scores(truths, list(map(verdict, truths, find(self.detector, drawn))))
+        return numbers
 
 
 def draw(model: LatentDiffusion, prompts: Sequence[Prompt], sampling: Sampling) -> list[Image.Image]:
