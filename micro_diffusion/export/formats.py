@@ -50,6 +50,8 @@ def write_diffusers(out: Path, weights: Weights, *, card: checkpoints.ModelCard)
         tensors = {f"dit.{name}": tensor for name, tensor in weights.items()}
         save_file(tensors, temporary / checkpoints.PIPELINE_WEIGHTS, metadata={"format": "pt"})
         (temporary / checkpoints.PIPELINE_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        mode = (temporary / checkpoints.PIPELINE_CONFIG).stat().st_mode
+        (temporary / checkpoints.PIPELINE_WEIGHTS).chmod(mode)  # safetensors lets its owner alone read
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(model_card(card, parameters=sum(t.numel() for t in weights.values())))
 

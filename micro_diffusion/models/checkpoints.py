@@ -108,6 +108,7 @@ def write_folder(folder: Path, weights: Mapping[str, Tensor], *, card: ModelCard
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_atomic(temporary / CONFIG, card.to_json())
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors lets its owner alone read
 
 
 def load_checkpoint(

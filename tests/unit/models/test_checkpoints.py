@@ -39,6 +39,7 @@ def folder(dit: DiT, card: ModelCard, tmp_path: Path) -> Path:
 def test_round_trip_is_exact(dit: DiT, card: ModelCard, folder: Path) -> None:
     loaded, found = load_checkpoint(str(folder))
     assert found == card and sorted(path.name for path in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode  # others may read it as well
     assert loaded.config == dit.config and loaded.state_dict().keys() == dit.state_dict().keys()
     for name, tensor in dit.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
