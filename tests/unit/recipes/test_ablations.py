@@ -23,6 +23,8 @@ CHANGES = {
         "model.qkv_multipliers.*", "model.ffn_multipliers.*",
     ],
     "less-noise": ["stages.0.p_mean", "stages.1.p_mean"],
+    "muon": ["optimizer"],
+    "less-decay": ["weight_decay"],
     "averages": ["stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*"],
     "candidate": [
         "stages.?.images", "stages.0.mask_ratio", "stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*",
