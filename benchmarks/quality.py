@@ -100,9 +100,9 @@ class Bench:
         return {name: validation_loss(dit, held, recipe) for name, held in self.checked.items()}
 
     def progress(self, dit: DiT, recipe: Recipe) -> dict[str, float]:
-        """Validation losses on the way; of a model that is kept, also what the judges say of its drawings."""
+        """Validation losses on the way; if asked, also what the judges say of drawings."""
         losses = self.check(dit, recipe)
-        return losses | (self.judges.of_drawings(self.model(dit, recipe), self.sampling[0]) if self.args.save else {})
+        return losses | (self.judges.of_drawings(self.model(dit, recipe), self.sampling[0]) if self.args.watch else {})
 
     def model(self, dit: DiT, recipe: Recipe) -> LatentDiffusion:
         """Weights with all that it takes to draw."""
@@ -260,6 +260,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=30, help="sampling steps, of Heun's method")
     parser.add_argument("--per-task", type=int, default=64, help="scenes of each task")
+    parser.add_argument("--watch", action="store_true", help="let the judges see drawings on the way, too")
     parser.add_argument("--save", type=Path, help="keep the models of the runs here, as float16")
     parser.add_argument("--rescore", nargs="*", type=Path, default=[], help="saved models to score, after the runs")
     parser.add_argument("--share", type=share, default=(0, 1), help="K/N: every N-th run from the K-th, on N GPUs")

@@ -367,7 +367,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add_data_options(parser)
     args = parser.parse_args()
-    args.mode = args.modes[0]
+    args.mode, args.watch = args.modes[0], False
     args.samplings = [Sampling(scale, where, args.steps) for scale in args.guidance for where in args.interval]
     if args.long and args.long <= args.seconds:
         parser.error("--long is more than --seconds, or 0")

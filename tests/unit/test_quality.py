@@ -2,12 +2,14 @@
 
 import argparse
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from benchmarks.quality import Job, interval, jobs, name_of
+from benchmarks.quality import Bench, Job, interval, jobs, name_of
 from benchmarks.quality_data import Data, Held, composed, drawings, examples, in_slice
+from benchmarks.quality_score import Sampling
 from benchmarks.quality_train import Trainer, at_rate, fitted
 from micro_diffusion.data.sources.emoji_scenes import CONCEPTS
 from micro_diffusion.evaluation.emoji import EmojiBenchmark
@@ -177,3 +179,15 @@ def test_one_shape_is_one_model_and_seeds_begin_alike() -> None:
     assert len(trainer.models) == 1 and all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     other, _, _ = trainer.run(replace(small, seed=5), check)
     assert any(not torch.equal(runs[0][name], value) for name, value in other.shown.state_dict().items())
+
+
+@pytest.mark.parametrize(("watch", "told"), [(False, {"slice": 0.5}), (True, {"slice": 0.5, "both, slice": 0.25})])
+def test_the_judges_are_asked_on_the_way_only_if_wanted(
+    monkeypatch: pytest.MonkeyPatch, watch: bool, told: dict[str, float]
+) -> None:
+    bench = object.__new__(Bench)
+    bench.args, bench.sampling = argparse.Namespace(watch=watch), [Sampling(3.0)]
+    monkeypatch.setattr(bench, "judges", Mock(of_drawings=lambda model, sampling: {"both, slice": 0.25}), raising=False)
+    monkeypatch.setattr(Bench, "check", lambda self, dit, recipe: {"slice": 0.5})
+    monkeypatch.setattr(Bench, "model", lambda self, dit, recipe: None)
+    assert bench.progress(Mock(), Mock()) == told
