@@ -269,7 +269,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--probe", action="store_true", help="time the stages of the recipes, train nothing")
     parser.add_argument(
-        "--mode", default="graph", choices=MODES, help="how a step runs: as one CUDA graph, or torch.compile's"
+        "--mode",
+        default="reduce-overhead",
+        choices=MODES,
+        help="how a step runs: as one CUDA graph, or torch.compile's",
     )
     parser.add_argument(
         "--profile", action=argparse.BooleanOptionalAction, default=True, help="measure the GPU's idle time"
