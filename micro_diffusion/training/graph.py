@@ -19,15 +19,16 @@ class Graphed(Generic[T]):
 
     def __init__(self, work: Callable[..., T], draws: Sequence[torch.Generator] = ()) -> None:
         self.work, self.draws, self.calls = work, draws, 0
+        self.side = torch.cuda.Stream()  # one for all calls before the capture: memory is kept by stream
 
     def __call__(self, *inputs: Tensor) -> T:
         self.calls += 1
         if self.calls <= EAGER:
-            current, side = torch.cuda.current_stream(), torch.cuda.Stream()  # as a capture has a stream of its own
-            side.wait_stream(current)
-            with torch.cuda.stream(side):
+            current = torch.cuda.current_stream()
+            self.side.wait_stream(current)
+            with torch.cuda.stream(self.side):  # as a capture has a stream of its own
                 found = self.work(*inputs)
-            current.wait_stream(side)
+            current.wait_stream(self.side)
             return found
         if self.calls == EAGER + 1:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), [each.clone() for each in inputs]
@@ -35,6 +36,7 @@ class Graphed(Generic[T]):
                 self.graph.register_generator_state(generator)
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load and save meanwhile
                 self.found = self.work(*self.inputs)
+            del self.work  # nothing of it is needed any more, and what it holds may hold this
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
         self.graph.replay()
