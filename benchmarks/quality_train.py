@@ -152,8 +152,6 @@ class Steps:
         self.counts.append(stage.batch_size - sum(self.counts))
         graphed = trainer.mode == "graph" and trainer.device.type == "cuda"
         self.graph = Graphed(self.whole, [self.draws]) if graphed else None
-        for group in state.optimizer.param_groups:
-            group["capturable"] = graphed
 
     def __call__(self, into: int) -> torch.Tensor:
         """The step that ends `into` images into the stage; returns the loss."""

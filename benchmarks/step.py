@@ -190,8 +190,6 @@ def make_step(case: Case, config: DiTConfig, device: torch.device) -> Callable[[
             total += loss.detach()
         guarded_step(optimizer, total, lr=1e-4, clip_norm=0.25)
 
-    for group in optimizer.param_groups:
-        group["capturable"] = case.graph
     return Graphed(step) if case.graph else step
 
 

@@ -71,8 +71,9 @@ def make_optimizer(dit: nn.Module, recipe: Recipe) -> AdamW:
         group = {"params": [], "sides": shape, "lr_scale": scales[parameter], "momentum": recipe.muon_momentum}
         groups.setdefault((shape, scales[parameter]), group)["params"].append(parameter)
     optimizer = AdamW(
-        list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay, fused=True
-    )
+        list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
+        fused=True, capturable=True,  # a step may be part of a CUDA graph; costs a fused one nothing
+    )  # fmt: skip
     for parameter, shape in sides.items():
         moments = ("momentum",) if shape else ("exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in moments}

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
 from torch.utils.checkpoint import checkpoint
 
 from micro_diffusion.models.dit import DiT
@@ -106,14 +105,10 @@ class Parallel:
         if isinstance(network, FSDPModule):
             network.set_reshard_after_forward(True)  # where no backward pass follows
 
-    def captured(
-        self, work: Callable[[Examples, float | Tensor], T], optimizer: AdamW
-    ) -> Callable[[Examples, float], T]:
+    def captured(self, work: Callable[[Examples, float | Tensor], T]) -> Callable[[Examples, float], T]:
         """A step of a batch at a learning rate; as a CUDA graph if that was asked for."""
         if not self.options.cuda_graph:
             return work
-        for group in optimizer.param_groups:
-            group["capturable"] = True
         graph = Graphed(lambda rate, *columns: work(Examples(*columns), rate))
         return lambda batch, rate: graph(torch.full((), rate, device=self.device), *batch)
 
