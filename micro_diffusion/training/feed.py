@@ -1,5 +1,6 @@
 """What a training step is given: the pictures at its positions with all that is drawn for them, on the device."""
 
+import multiprocessing
 import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
@@ -61,6 +62,7 @@ def feed(
     if workers is None:
         workers = max(1, min(4, (os.cpu_count() or 1) // world.local_size - 1)) if gpu and hasattr(os, "fork") else 0
     made: Iterator[Examples | None]
+    over = multiprocessing.RawValue("b", 0)
     if isinstance(loader, Loader) and workers:
 
         def at(first: Any) -> Examples:  # in a worker, any of which can make any batch
@@ -69,7 +71,7 @@ def feed(
         firsts = [first for start, stop in data for first in range(start, stop, size)]
         made = iter(DataLoader(
             cast(Dataset[Any], firsts), batch_size=None, num_workers=workers, timeout=world.timeout, pin_memory=gpu,
-            collate_fn=at, worker_init_fn=_begin_worker, multiprocessing_context="fork",
+            collate_fn=at, worker_init_fn=partial(_begin_worker, over), multiprocessing_context="fork",
         ))  # fmt: skip
     else:
         batches = partial(loader.batches, rank=world.rank, world=world.size)
@@ -80,24 +82,28 @@ def feed(
         )
         depth = 2 if gpu else 0
         made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", timeout=world.timeout)
-    while True:
-        try:
-            examples = next(made, None)
-        except (Late, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "timed out" not in str(error):
-                raise
-            raise Stuck(f"the data loader of rank {world.rank} has given nothing for {world.timeout:g} s") from None
-        if examples is None:
-            return
-        here = Examples(*(column.to(device, non_blocking=gpu) for column in examples))
-        states = here.text.float() * here.text_scale.float()[..., None]
-        text, mask = null_caption(states, here.text_mask, here.caption_dropped)
-        yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
+    try:
+        while True:
+            try:
+                examples = next(made, None)
+            except (Late, RuntimeError) as error:
+                if isinstance(error, RuntimeError) and "timed out" not in str(error):
+                    raise
+                raise Stuck(f"the data loader of rank {world.rank} has given nothing for {world.timeout:g} s") from None
+            if examples is None:
+                return
+            here = Examples(*(column.to(device, non_blocking=gpu) for column in examples))
+            states = here.text.float() * here.text_scale.float()[..., None]
+            text, mask = null_caption(states, here.text_mask, here.caption_dropped)
+            yield here._replace(latents=here.latents.float(), text=text, text_mask=mask)
+    finally:
+        over.value = 1
 
 
-def _begin_worker(number: int) -> None:
-    for each in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes, and the run still ends its step
-        signal.signal(each, signal.SIG_IGN)
+def _begin_worker(over: Any, number: int) -> None:
+    """Signals may reach all processes, and the run still ends its step; only after that they end a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if over.value else None)
 
 
 def _examples(batch: Batch, first: int, *, recipe: Recipe, stage: Stage, patches: int, world: World) -> Examples:

@@ -1,3 +1,4 @@
+import multiprocessing
 import time
 from dataclasses import replace
 
@@ -54,3 +55,20 @@ def test_an_error_in_a_process_is_an_error_here(
     monkeypatch.setattr(type(loaders[64]), "batch", fail)
     with pytest.raises(OSError, match="no such disk"):
         batches(loaders, recipe, workers=1, world=World())
+
+
+def test_a_process_outlives_a_signal_to_all_and_not_the_feed(loaders: dict[int, Loader], recipe: Recipe) -> None:
+    """As at an interpreter's exit, which ends processes by SIGTERM and waits, even where a traceback keeps the feed."""
+    made = feed(loaders[64], recipe, recipe.stages[0], patches=4, data=DATA, device=CPU, workers=1, world=World())
+    next(made)
+    kept = made.gi_frame.f_locals["made"]  # the loader
+    (child,) = multiprocessing.active_children()
+    child.terminate()
+    child.join(0.5)
+    assert child.is_alive()
+    next(made)
+    made.close()
+    child.terminate()
+    child.join(10)
+    assert not child.is_alive()
+    del kept
