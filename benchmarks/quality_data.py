@@ -16,7 +16,7 @@ from torch import Tensor
 
 from micro_diffusion.cli.prepare import SourceOptions
 from micro_diffusion.data.prepare import prepare
-from micro_diffusion.data.records import Record, hash_share
+from micro_diffusion.data.records import Caption, Record, hash_share
 from micro_diffusion.data.sources.emoji import emoji_records
 from micro_diffusion.data.sources.emoji_scenes import CONCEPTS, Scene, scene_picture, scenes
 from micro_diffusion.data.store import Store
@@ -45,15 +45,29 @@ class Data:
 
 
 def drawings(data: Data, shard: int) -> Iterator[Record]:
-    """Every n-th record. Of some training drawings the copies are left out, and the drawing is of the split `slice`."""
-    original, number, aside = "", -1, False
+    """Every n-th record. Of some training drawings the copies are left out, and the drawing is of the split `slice`.
+
+    Drawings have three captions and copies one; every other copy gets a second one, which is cut.
+    """
+    original, number, copy, aside, asked = "", -1, 0, False, ""
     every = sum(1 for _ in emoji_records()) // data.limit if data.limit else 1
     for index, record in enumerate(emoji_records(augment=data.augment)):
         if not record.key.startswith(f"{original}/"):
-            original, number = record.key, number + 1
-            aside = record.split == "train" and in_slice(original, str(record.captions[0].text))
+            original, number, copy, asked = record.key, number + 1, 0, str(record.captions[0].text)
+            aside = record.split == "train" and in_slice(original, asked)
+        else:
+            copy += 1
         if index % data.processes == shard and number % every == 0 and not (aside and record.key != original):
-            yield replace(record, split="slice") if aside else record
+            captions = (*record.captions, record.captions[0])[:3] if copy == 0 else record.captions
+            if copy % 2:
+                captions = (*captions, cut(asked, style_alone=(copy // 2 + number) % 2 == 1))
+            yield replace(record, captions=captions, split="slice" if aside else record.split)
+
+
+def cut(caption: str, *, style_alone: bool) -> Caption:
+    """`a red apple, in noto style` as `a red apple` or `in noto style`."""
+    subject, _, style = caption.rpartition(", in ")
+    return Caption(f"in {style}" if style_alone else subject)
 
 
 def in_slice(key: str, caption: str) -> bool:
@@ -123,6 +137,10 @@ class Held:
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def uncut(self) -> "Held":
+        """Without cut captions: the second of those rows that have two."""
+        return replace(self, count=self.count - (self.count == 2).long())
 
     def take(self, rows: Tensor, choice: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, text and mask of rows, each with the caption that `choice` in [0, 1) chooses; float32."""

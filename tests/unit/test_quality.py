@@ -54,7 +54,7 @@ def test_a_rate_moves_all_stages() -> None:
 
 def asked(**changes: object) -> argparse.Namespace:
     names = {"recipes": ["baseline", "no-mixer"], "seeds": [0, 1], "rates": [], "seconds": 9.0, "scenes": 0.5}
-    return argparse.Namespace(**{**names, "set": [], "share": (0, 1), **changes})
+    return argparse.Namespace(**{**names, "set": [], "share": (0, 1), "cut": False, **changes})
 
 
 def test_all_recipes_come_before_the_next_seed() -> None:
@@ -110,6 +110,20 @@ def test_rows_come_with_the_caption_chosen() -> None:
     assert latents.shape == (2, 4, 2, 2) and (latents == 5).all()
     assert mask.tolist() == [[True] * 4 + [False], [True] + [False] * 4]
     assert text[:, :, 0].tolist() == [[7, 7, 7, 7, 0], [2, 0, 0, 0, 0]]  # captions 6 and 1, counted from one
+
+
+def test_cut_captions_can_be_left_out() -> None:
+    data = Data(augment=4, scenes=1, limit=40, processes=1)
+    records = [record for record in drawings(data, 0) if record.split == "train"]
+    copies = [record for record in records if record.key.count("/") == 2]
+    assert {len(record.captions) for record in copies} == {1, 2}
+    assert {len(record.captions) for record in records if record.key.count("/") == 1} == {3}
+    last = [(record.key.split("/")[1], record.captions[1].text) for record in copies if len(record.captions) == 2]
+    styles, subjects = ([text for _, text in last if text.startswith("in ") == kind] for kind in (True, False))
+    assert len(styles) == len(subjects) == len(copies) // 4
+    assert all(text.endswith(" style") for text in styles) and not any(" style" in text for text in subjects)
+    one = held(1.0)
+    assert one.count.tolist() == [2] * 6 and one.uncut().count.tolist() == [1] * 6
 
 
 def test_a_batch_has_its_shares_and_the_recipes_draws() -> None:
