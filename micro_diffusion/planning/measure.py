@@ -14,13 +14,13 @@ from micro_diffusion.models.flops import parameters
 from micro_diffusion.planning.cost import Machine, Speed, Work, fit
 from micro_diffusion.runtime.hardware import gpu_of
 
-BLOCKS, MIXER_BLOCKS = 5, 2  # both kinds of feed-forward, and few enough to compile in half a minute
+BLOCKS, COMPILED = (5, 2), (3, 1)  # of backbone and mixer; both kinds of feed-forward, and few enough to compile
 WARM_UP, STEPS = 3, 15
 
 
-def shallow(config: DiTConfig) -> DiTConfig:
+def shallow(config: DiTConfig, blocks: tuple[int, int]) -> DiTConfig:
     """A few of the model's blocks, evenly spread over its depth, as wide as they are."""
-    depth, mixer = min(config.depth, BLOCKS), min(config.patch_mixer_depth, MIXER_BLOCKS)
+    depth, mixer = map(min, (config.depth, config.patch_mixer_depth), blocks)
     some = [round(i * (config.depth - 1) / max(depth - 1, 1)) for i in range(depth)]
     qkv, ffn = (tuple(each[i] for i in some) for each in (config.qkv_multipliers, config.ffn_multipliers))
     return replace(config, depth=depth, patch_mixer_depth=mixer, qkv_multipliers=qkv, ffn_multipliers=ffn)
@@ -33,14 +33,15 @@ def measure(
     images, gpu, objective = min(work.batch_size, 256), gpu_of(device), EDM()
     if device.type == "cuda":  # as many as fit with the whole model
         images = max(1, fit(work._replace(batch_size=images), Machine(gpu))[0]) if gpu else 16
-    work = work._replace(model=shallow(work.model))
+    compiled = work.compiled and device.type == "cuda"
+    work = work._replace(model=shallow(work.model, COMPILED if compiled else BLOCKS))
     with torch.device(device):
         dit, text = DiT(work.model), torch.randn(images, work.text_length, work.model.caption_channels)
         latents, noise = torch.randn(2, images, work.model.in_channels, *work.model.latent_size)
         level, mask_noise = objective.noise_level(torch.randn(images)), torch.rand(images, dit.num_patches)
     torch.compiler.reset()  # after a few graphs of one function the compiler gives up silently
     step, mask = optimizer(dit), torch.ones_like(text[..., 0], dtype=torch.bool)
-    network = cast(DiT, torch.compile(dit, dynamic=False)) if work.compiled and device.type == "cuda" else dit
+    network = cast(DiT, torch.compile(dit, dynamic=False)) if compiled else dit
     wait: Callable[[], object] = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, int)
 
     def backward() -> None:

@@ -117,3 +117,25 @@ def test_a_bench_of_this_machine_is_used_and_of_another_is_not(
     module.BENCH.write_text(json.dumps(found | {"device": "H100 80GB HBM3"}))
     Plan("quickstart", gpu="h100")()
     assert float(cells(capsys.readouterr().out)["total"][3]) == float(total[3])
+
+
+def test_a_bench_that_was_stopped_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    measured: list[str] = []
+
+    def once(work: Work, mask_ratio: float, device: torch.device, optimizer: object) -> Speed:
+        if len(measured) == 1:
+            measured.append("stopped")
+            raise KeyboardInterrupt
+        measured.append(work.name)
+        return (1e12, 0.0)
+
+    monkeypatch.setattr(measure, "measure", once)
+    bench = Bench(out=tmp_path / "bench.json")
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    names = [stage.name for stage in RECIPES["quickstart"]().stages]
+    assert len(json.loads(bench.out.read_text())["speeds"]) == 1
+    bench()
+    assert measured == [names[0], "stopped", *names[1:]] and len(json.loads(bench.out.read_text())["speeds"]) == 4
+    bench()  # a whole one is measured anew
+    assert measured[5:] == names

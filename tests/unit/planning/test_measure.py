@@ -1,6 +1,7 @@
 """A measurement is of the right model, of the whole pass, and of the step apart."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -8,19 +9,23 @@ import torch
 
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.flops import parameters
+from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.planning import measure as module
 from micro_diffusion.planning.cost import Work
-from micro_diffusion.planning.measure import measure, shallow
+from micro_diffusion.planning.measure import BLOCKS, COMPILED, measure, shallow
 
 
 def test_shallow_keeps_widths_and_both_ends() -> None:
     config = PRESETS["MicroDiT_XL_2"]()
-    small = shallow(config)
+    small = shallow(config, BLOCKS)
     assert (small.depth, small.patch_mixer_depth, small.dim) == (5, 2, 1024)
     assert small.ffn_multipliers[::4] == (0.5, 4.0) and sorted(small.qkv_multipliers) == list(small.qkv_multipliers)
     assert parameters(small).total < 0.4 * parameters(config).total
-    assert shallow(PRESETS["MicroDiT_Nano_4"]()) == PRESETS["MicroDiT_Nano_4"]()
+    assert shallow(PRESETS["MicroDiT_Nano_4"](), BLOCKS) == PRESETS["MicroDiT_Nano_4"]()
+    smaller = shallow(config, COMPILED)
+    assert (smaller.depth, smaller.patch_mixer_depth, smaller.ffn_multipliers[::2]) == (3, 1, (0.5, 4.0))
+    assert sum(isinstance(block.mlp, ExpertChoiceMoE) for block in DiT(replace(smaller, dim=64)).blocks) == 1
 
 
 def test_flops_of_a_pass_over_its_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
