@@ -201,7 +201,8 @@ def quality(data: Any) -> list[list[Row]]:
         name = {"model": row.get("model", "")}
         if asked := row.get("asked"):
             rate = asked["rate"] or row["recipe"]["stages"][0]["learning_rate"]
-            name = {"recipe": " ".join([asked["recipe"], *asked["settings"]]), "rate": f"{rate:g}"}
+            recipe = [asked["recipe"], *asked["settings"], *(["captions cut"] if asked.get("cut") else [])]
+            name = {"recipe": ", ".join(recipe), "rate": f"{rate:g}"}
             name |= {"scenes": f"{asked['scenes']:.0%}", "seed": str(asked["seed"])}
             name |= {"GPU-seconds": f"{row['seconds_used']:.0f}"}
             losses += [

@@ -108,9 +108,7 @@ class Bench:
         old = read_json(self.out.read_text(), str(self.out)) if self.out.is_file() else {}
         ended_early = found.items() <= old.items() and old["speeds"].keys() < kinds.keys()
         speeds: dict[str, Any] = old["speeds"] if ended_early else {}
-        for kind, (work, ratio) in kinds.items():
-            if kind in speeds:
-                continue
+        for kind, (work, ratio) in (each for each in kinds.items() if each[0] not in speeds):
             speed = speeds[kind] = measure(work, ratio, device, optimizer)
             print(f"{work.name}, mask {ratio:g}: {speed[0] / 1e12:.3g} TFLOP/s", flush=True)
             write_atomic(self.out, json.dumps(found | {"speeds": speeds}, indent=2) + "\n")

@@ -15,8 +15,7 @@ except ImportError:  # no Triton for this system: the plain twins serve
     triton = tl = None
 
 _plain = False
-INTERPRETED = False
-"""Tests set it, with TRITON_INTERPRET=1, to run kernels on the CPU, slowly."""
+INTERPRETED = False  # tests set it, with TRITON_INTERPRET=1, to run kernels on the CPU, slowly
 
 
 def usable(x: Tensor) -> bool:

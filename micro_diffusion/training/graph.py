@@ -18,8 +18,8 @@ class Graphed(Generic[T]):
     """
 
     def __init__(self, work: Callable[..., T], draws: Sequence[torch.Generator] = ()) -> None:
-        self.work, self.draws, self.calls = work, draws, 0
-        self.side = torch.cuda.Stream()  # one for all calls before the capture: memory is kept by stream
+        # one stream for all calls before the capture: memory is kept by stream
+        self.work, self.draws, self.calls, self.side = work, draws, 0, torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> T:
         self.calls += 1

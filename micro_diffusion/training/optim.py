@@ -15,6 +15,8 @@ from micro_diffusion.models.layers import CrossAttention, SelfAttention, SwiGLU
 from micro_diffusion.models.moe import ExpertChoiceMoE
 from micro_diffusion.training.config import Recipe, Stage
 
+# What Muon moves: parameters of these modules, and of how many matrices, one above the other, each is made. A tensor
+# of experts is a stack of matrices. The rest (embeddings, router, final layer, norms, biases) is AdamW's.
 MATRICES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (Block, {"adaLN_modulation.1.weight": 6}),
     (SelfAttention, {"qkv.weight": 3, "proj.weight": 1}),
@@ -22,8 +24,6 @@ MATRICES: tuple[tuple[type[nn.Module], dict[str, int]], ...] = (
     (SwiGLU, {"w1.weight": 1, "w2.weight": 1, "w3.weight": 1}),
     (ExpertChoiceMoE, {"w1": 1, "w2": 1}),
 )
-"""What Muon moves: parameters of these modules, and of how many matrices, one above the other, each is made. A tensor
-of experts is a stack of matrices. The rest (embeddings, router, final layer, norms, biases) is AdamW's."""
 
 
 def learning_rate(stage: Stage, images: int) -> float:

@@ -144,6 +144,7 @@ def start(folder: Path, ranks: int = 1, **settings: Any) -> subprocess.Popen[str
     """Begin such a run."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # a rank once died of a segmentation fault, and left no trace
     return subprocess.Popen(
         [sys.executable, *launch, __file__, str(folder), json.dumps(settings)],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
