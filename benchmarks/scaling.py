@@ -16,8 +16,8 @@ Compiling is most of the time, so blocks are compiled one by one in every case, 
 as `train` does on one GPU), and each process sees its own GPU alone, as the first: a graph's name in Inductor's cache
 has the number of its GPU. All cases of a stage then share graphs (DDP's not with --split, which lets Dynamo cut them
 where gradients fill a bucket; the package does not, since blocks are compiled one by one). Graphs are compiled first,
-by one process a stage, side by side on as many GPUs (--warm); each row has `first_step_seconds` and the hits and misses
-of the cache.
+by one process a stage, side by side on as many GPUs (--warm, --only-warm); each row has `first_step_seconds` and the
+hits and misses of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.
@@ -139,6 +139,8 @@ def measure_all(args: argparse.Namespace) -> None:
                 for name, row in together(some, asked).items():
                     result.setdefault("warming", {})[name] = row
                 write()
+    if args.only_warm:
+        return
     for some in rounds(missing(), len(gpus), alone=lambda case: not args.side_by_side or checkpoints(case, args)):
         if left() < LEAST:
             break
@@ -168,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="of the store")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--only-warm", action="store_true", help="compile, and measure nothing yet")
     parser.add_argument("--own-gpu", action=argparse.BooleanOptionalAction, default=True,
                         help="each process sees its GPU alone, and shares what others compiled")  # fmt: skip
     parser.add_argument("--side-by-side", action="store_true")
