@@ -269,6 +269,7 @@ def scaling(data: Any) -> list[list[Row]]:
         return {
             "stage": f"{pixels} px, mask {mask}", "GPUs": ranks[1:], "mode": mode,
             "images/s": measured(row.get("images_per_second")),
+            "median step": f"{1000 * row['median_step_seconds']:.0f} ms" if "median_step_seconds" in row else "",
             **{f"of as many {base} ones": f"{row[key]:.1%}" if (key := f"efficiency_against_{base}") in row else ""
                for base in ("single", "whole")},
             "micro-batch": str(row.get("micro_batch", "")),
