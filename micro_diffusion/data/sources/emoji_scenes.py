@@ -76,9 +76,10 @@ class Scene(NamedTuple):
 
     @property
     def captions(self) -> tuple[Caption, ...]:
-        style, ground = f"in {STYLE_WORDS[self.style]} style", f"on a {self.ground} background"
-        texts = (self.words, f"{self.words}, {style}", f"a picture of {self.words} {ground}, {style}")
-        return tuple(map(Caption, texts))
+        # one that tells no ground means white, as of a drawing: else the same words would mean both
+        style, ground = f"in {STYLE_WORDS[self.style]} style", f"{self.words} on a {self.ground} background"
+        short = self.words if self.ground == "white" else ground
+        return tuple(map(Caption, (short, f"{short}, {style}", f"a picture of {ground}, {style}")))
 
     @property
     def held_out(self) -> frozenset[str]:
@@ -190,7 +191,7 @@ def compose(scene: Scene) -> tuple[Image.Image, list[tuple[Box, Group]]]:
     cut = [cut_out(group.concept, scene.style) for group in objects]
     boxes = place(generator, [picture.size for picture in cut], scene.relation)
     ground = np.asarray(GROUNDS[scene.ground], np.float32)
-    shade = np.linspace(0, generator.choice([0, 0, -36, 18]), EDGE)[:, None, None]
+    shade = np.linspace(0, generator.choice([0, 0, -36, 18]), EDGE)[:, None, None] * (scene.ground != "white")
     canvas = Image.fromarray(np.clip(np.broadcast_to(ground + shade, (EDGE, EDGE, 3)), 0, 255).astype(np.uint8))
     for box, group, picture in zip(boxes, objects, cut, strict=True):
         drawn = tinted(picture, COLOURS[group.colour]) if group.colour else picture

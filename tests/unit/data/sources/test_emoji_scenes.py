@@ -117,14 +117,30 @@ def test_words(group, words):
     assert group.words == words
 
 
-def test_captions_say_what_is_there():
+def test_captions_say_what_is_there_and_where_none_tells_a_ground_it_is_white():
     groups = (Group("dog", 1, "red"), Group("key", 1, None))
-    texts = [caption.text for caption in Scene(groups, "left of", "noto-v1", "pale blue", 0).captions]
-    assert texts == [
-        "a red dog left of a key",
-        "a red dog left of a key, in old noto style",
+
+    def texts(ground):
+        return [caption.text for caption in Scene(groups, "left of", "noto-v1", ground, 0).captions]
+
+    assert texts("pale blue") == [
+        "a red dog left of a key on a pale blue background",
+        "a red dog left of a key on a pale blue background, in old noto style",
         "a picture of a red dog left of a key on a pale blue background, in old noto style",
     ]
+    assert texts("white") == [
+        "a red dog left of a key",
+        "a red dog left of a key, in old noto style",
+        "a picture of a red dog left of a key on a white background, in old noto style",
+    ]
+
+
+def test_a_white_ground_is_white_all_over():
+    for seed in range(8):
+        picture, [(box, _)] = compose(Scene((Group("fox", 1, None),), None, "twemoji", "white", seed))
+        seen = np.asarray(picture).copy()
+        seen[box[1] : box[3], box[0] : box[2]] = 255
+        assert (seen == 255).all()
 
 
 @pytest.mark.parametrize("colour", [name for name in COLOURS if name != "grey"])
