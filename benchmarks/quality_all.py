@@ -26,7 +26,9 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-import torch
+# The name `torch` stays unbound here: torch writes the first module that has it into the keys of its compile cache, and
+# a worker's is its copy of this one, so that it would find nothing of what benchmarks/quality.py compiled.
+from torch import _dynamo, cuda, ones
 
 from benchmarks.quality import Bench, Job, add_data_options, append, interval, name_of, summary
 from benchmarks.quality_data import Data, prepare_data
@@ -75,7 +77,7 @@ def work(args: argparse.Namespace, pipe: Connection) -> None:
             reply = "failed", traceback.format_exc(limit=-3)
         if reply[0] == "failed":
             use_mode(bench, order.mode, anew=True)  # nothing of it is kept on the device
-            torch.ones(8, device=bench.device).sum().item()
+            ones(8, device=bench.device).sum().item()
         pipe.send(reply)
 
 
@@ -109,10 +111,10 @@ def use_mode(bench: Bench, mode: str, *, anew: bool = False) -> None:
     """Compile in this mode from now on; what was compiled in another is forgotten."""
     if anew or bench.trainer.mode != mode:
         bench.trainer = bench.fresh_trainer(mode)
-        torch._dynamo.reset()
+        _dynamo.reset()
         gc.collect()
         if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+            cuda.empty_cache()
 
 
 @dataclass
@@ -341,7 +343,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; appended to")
     parser.add_argument("--data", type=Path, required=True, help="folder of the prepared data; made if it is not there")
     parser.add_argument("--save", type=Path, required=True, help="keep the models of the long runs here, as float16")
-    parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="processes, one on each")
+    parser.add_argument("--gpus", type=int, default=max(1, cuda.device_count()), help="processes, one on each")
     parser.add_argument("--until", type=float, default=1500.0, help="seconds that all may take")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for all that is compared")
     parser.add_argument("--long", type=float, default=480.0, help="of training, for what may ship; 0: no such runs")
@@ -364,7 +366,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action=argparse.BooleanOptionalAction, default=True,
                         help="measure the GPU's idle time")  # fmt: skip
     parser.add_argument("--judges", type=Path, default=FOLDER, help="folder of the judges")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
+    parser.add_argument("--device", default="cuda" if cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     add_data_options(parser)
     args = parser.parse_args()
     args.mode, args.watch = args.modes[0], False

@@ -312,7 +312,7 @@ class Plan:
         return None
 
     def long_run(self, role: str | int, share: float, seconds: float) -> Job:
-        """At the recipe's best rate, or the baseline's; a rank is the recipe that has it now."""
+        """At the recipe's best rate, or the baseline's, or its own; a rank is the recipe that has it now."""
         ranked = [*self.ranking(), "baseline"]
         recipe = role if isinstance(role, str) else ranked[min(role, len(ranked) - 1)]
         settings, same = self.settings.settings, self.best(recipe)
@@ -320,7 +320,10 @@ class Plan:
             better = self.better()
             settings += tuple(setting for name in better for setting in CHANGES[name])
             recipe, same = "candidate", self.best("muon") if "muon" in better else None
-        return Job(recipe, same.rate if same else self.rate(), 0, seconds, share, settings)
+        rate = same.rate if same else self.rate()
+        if recipe == "candidate" and not same:  # Muon's, of which the baseline's says nothing
+            rate = self.short(recipe, None).make().stages[0].learning_rate
+        return Job(recipe, rate, 0, seconds, share, settings)
 
     def better(self) -> list[str]:
         """The changes with which the short baseline was better."""

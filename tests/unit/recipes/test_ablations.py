@@ -27,7 +27,8 @@ CHANGES = {
     "less-decay": ["weight_decay"],
     "averages": ["stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*"],
     "candidate": [
-        "stages.?.images", "stages.0.mask_ratio", "stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*",
+        "optimizer", "stages.?.learning_rate", "stages.?.images", "stages.0.mask_ratio",
+        "stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*",
     ],
 }  # fmt: skip
 BASELINE = ABLATIONS["baseline"]()
