@@ -32,7 +32,7 @@ from micro_diffusion.models.checkpoints import ModelCard, Part, write_folder
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.flops import parameters
 from micro_diffusion.models.model import LatentDiffusion
-from micro_diffusion.models.text_encoders import TextEncoder, load_text_encoder
+from micro_diffusion.models.text_encoders import EMBEDDED, TextEncoder, load_text_encoder
 from micro_diffusion.recipes.recipe import RECIPES
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.files import UserError, write_atomic
@@ -81,7 +81,7 @@ class Bench:
         self.args, self.sampling, self.device = args, sampling, pick_device(args.device)
         self.judges = Judges(self.device, args.judges, args.per_task, args.limit)
         self.autoencoder = load_autoencoder(device=self.device)
-        self.text_encoder = load_text_encoder(device=self.device)
+        self.text_encoder = load_text_encoder(args.text_encoder, device=self.device)
         one = partial(hold, args.data, device=self.device)
         self.checked = {
             "slice": one("drawings", "slice"), "held-out pairs": one("drawings", "held_out_pair"),
@@ -245,6 +245,14 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     cores = os.cpu_count() or 4
     parser.add_argument("--processes", type=int, default=max(1, min(48, cores - 2)), help="that prepare")
     parser.add_argument("--limit", type=int, help="so many drawings, scenes and prompts only: a rehearsal")
+    parser.add_argument("--text-encoder", default=EMBEDDED, help="such as embedded?layer=-2")
+
+
+def data_of(args: argparse.Namespace) -> Data:
+    """What these options ask for; the recipes learn of another text encoder."""
+    if args.text_encoder != EMBEDDED:
+        args.set = [*args.set, f"text_encoder={args.text_encoder}"]
+    return Data(args.augment, args.count, args.limit, args.processes, args.text_encoder)
 
 
 def arguments() -> argparse.Namespace:
@@ -297,7 +305,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     began, args = time.perf_counter(), arguments()
     device = pick_device(args.device)
-    prepare_data(args.data, Data(args.augment, args.count, args.limit, args.processes), device.type)
+    prepare_data(args.data, data_of(args), device.type)
     print(f"data are ready after {time.perf_counter() - began:.0f} s", flush=True)
     there = [row.get("asked") for row in read_log(args.out)]
     wanted = [job for job in jobs(args) if args.probe or job.asked() not in there]

@@ -30,8 +30,8 @@ from typing import Any
 # a worker's is its copy of this one, so that it would find nothing of what benchmarks/quality.py compiled.
 from torch import _dynamo, cuda, ones
 
-from benchmarks.quality import Bench, Job, add_data_options, append, interval, name_of, summary
-from benchmarks.quality_data import Data, prepare_data
+from benchmarks.quality import Bench, Job, add_data_options, append, data_of, interval, name_of, summary
+from benchmarks.quality_data import prepare_data
 from benchmarks.quality_plan import COMBINED, Plan, Score, Settings, choose_mode, graphs, job_of, slice_loss
 from benchmarks.quality_score import Sampling
 from benchmarks.quality_train import MODES
@@ -397,8 +397,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
 def main() -> None:
     began, args = time.perf_counter(), arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the workers are ended
+    data = data_of(args)
     plan = make_plan(args)
-    prepare_data(args.data, Data(args.augment, args.count, args.limit, args.processes), args.device)
+    prepare_data(args.data, data, args.device)
     used = [str(row["mode"]) for row in plan.finished.values()]
     mode = used[-1] if used else args.modes[0] if len(args.modes) == 1 else ""  # all runs alike
     comparison = Comparison(args, plan, lambda: time.perf_counter() - began, mode)

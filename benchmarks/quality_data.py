@@ -23,7 +23,7 @@ from micro_diffusion.data.store import Store
 from micro_diffusion.evaluation.emoji import SEEN
 from micro_diffusion.models.autoencoders import load_autoencoder
 from micro_diffusion.models.masking import null_caption
-from micro_diffusion.models.text_encoders import load_text_encoder
+from micro_diffusion.models.text_encoders import EMBEDDED, load_text_encoder
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.files import UserError, write_atomic
 from micro_diffusion.training.config import Recipe, Stage
@@ -42,6 +42,7 @@ class Data:
     scenes: int
     limit: int | None  # about so many drawings, evenly over all, and so many scenes: a rehearsal
     processes: int  # each makes a store of its own
+    text_encoder: str = EMBEDDED
 
 
 def drawings(data: Data, shard: int) -> Iterator[Record]:
@@ -101,7 +102,7 @@ def prepare_shard(folder: Path, data: Data, shard: int, device: str) -> None:
     if device == "cuda":
         device = f"cuda:{shard % torch.cuda.device_count()}"
     where = pick_device(device)
-    autoencoder, text_encoder = load_autoencoder(device=where), load_text_encoder(device=where)
+    autoencoder, text_encoder = load_autoencoder(device=where), load_text_encoder(data.text_encoder, device=where)
     for name, source in SOURCES.items():
         prepare(
             source(data, shard), folder / f"{name}-{shard}", resolutions=[RESOLUTION],

@@ -18,7 +18,7 @@ def embed(run: Path, out: Path = SHIPPED) -> int:
     """Write the folder, whole or not at all; its size in bytes. UserError for a run that cannot ship."""
     weights, card = read_checkpoint(str(run))
     build(weights, card, where=str(run))  # they fit
-    if others := {part.name for part in (card.autoencoder, card.text_encoder)} - {"embedded"}:
+    if others := {part.name.partition("?")[0] for part in (card.autoencoder, card.text_encoder)} - {"embedded"}:
         raise UserError(f"{run} needs {others.pop()}, which is not in the package; train with the embedded encoders.")
     halves = {name: tensor.half() for name, tensor in weights.items()}
     if not all(tensor.isfinite().all() for tensor in halves.values()):

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from benchmarks.quality import Bench, Job, interval, jobs, name_of
+from benchmarks.quality import Bench, Job, data_of, interval, jobs, name_of
 from benchmarks.quality_data import Data, Held, composed, drawings, examples, in_slice
 from benchmarks.quality_score import Sampling
 from benchmarks.quality_train import Trainer, at_rate, fitted
@@ -55,6 +55,16 @@ def test_a_rate_moves_all_stages() -> None:
 def asked(**changes: object) -> argparse.Namespace:
     names = {"recipes": ["baseline", "no-mixer"], "seeds": [0, 1], "rates": [], "seconds": 9.0, "scenes": 0.5}
     return argparse.Namespace(**{**names, "set": [], "share": (0, 1), "cut": False, **changes})
+
+
+def test_recipes_learn_of_the_text_encoder_that_the_data_have() -> None:
+    options = {"augment": 1, "count": 2, "limit": None, "processes": 3}
+    args = asked(**options, text_encoder="embedded?layer=-2", recipes=["baseline"], seeds=[0])
+    assert data_of(args) == Data(1, 2, None, 3, "embedded?layer=-2")
+    (job,) = jobs(args)
+    assert job.make().text_encoder == "embedded?layer=-2" != baseline().text_encoder
+    plain = asked(**options, text_encoder="embedded")
+    assert data_of(plain) == Data(1, 2, None, 3) and not plain.set
 
 
 def test_all_recipes_come_before_the_next_seed() -> None:
