@@ -348,12 +348,30 @@ def judges(data: Any) -> list[list[Row]]:
     return [shares, [{"network": "detector", "pictures seen": f"{data['detector']['images']:,}"} | tasks]]
 
 
+def text_layers(data: Any) -> list[list[Row]]:
+    """By layer of the text encoder: losses at the end and the lowest of held-out pairs; pictures at the end."""
+    rows = []
+    for row in data["layers"]:
+        end, best = row["course"][-1], min(each["held out"] for each in row["course"])
+        line = {"layer": str(row["layer"]), "words alike: style": f"{row['alike']['style']:.3f}",
+                "concept": f"{row['alike']['concept']:.3f}", "loss, seen": f"{end['seen']:.4f}",
+                "held out": f"{end['held out']:.4f}", "lowest": f"{best:.4f}"}  # fmt: skip
+        rows.append(line | right_by({name: row["scores"][f"{name}, at the end"] for name in data["true"]}))
+    return [[*rows, {"layer": "true pictures"} | right_by(data["true"])]]
+
+
+def right_by(scores: Mapping[str, Mapping[str, float]]) -> Row:
+    """Shares right of seen and of held-out pairs."""
+    return {f"{measure}, {name}": f"{score[measure]:.1%}" for name, score in scores.items()
+            for measure in ("concept top-1", "style", "both")}  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
     "text_keys": twins, "scores": scores, "tune": tune,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
-    "fp8": fp8, "scaling": scaling,
+    "fp8": fp8, "scaling": scaling, "text_layers": text_layers,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 
