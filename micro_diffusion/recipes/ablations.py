@@ -112,7 +112,7 @@ def candidate() -> Recipe:
     from 9 M images on, and a short last stage left edges that wobble. No mask at all (mask-0) risks overfitting.
 
     Result: with AdamW after 500 seconds 0.215 (40% of scenes) and 0.223 (25%; the package's model), 42 M. With Muon
-    after 375 seconds 0.198 (35%), 28.7 M, and more of its pictures are right: it has Muon since.
+    after 375 seconds 0.198 (35%), 28.7 M, and the judges find more right: it has Muon since.
     """
     one, two = (replace(each, images=3250 * BATCH, learning_rate=3.2e-3) for each in averages().stages)
     return replace(muon(), name="candidate", stages=(replace(one, mask_ratio=0.5), replace(two, ema_sigma_rel=(0.1,))))
