@@ -206,8 +206,7 @@ def _signals(deadline: float) -> Iterator[list[int]]:
 
     `deadline` seconds after the first one the process ends, whatever it waits for; the last checkpoint is whole.
     """
-    received: list[int] = []
-    first: list[float] = []
+    received, first = list[int](), list[float]()
     watchdog = threading.Timer(deadline, lambda: give_up(received[0]))
     watchdog.daemon = True
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
