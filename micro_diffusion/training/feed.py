@@ -80,7 +80,7 @@ def feed(
             for start, stop in data
             for first, batch in zip(range(start, stop, size), batches(start, stop, size), strict=True)
         )
-        depth, cores = 2 if gpu else 0, 1 if isinstance(loader, Loader) else torch.get_num_threads()  # to encode
+        depth, cores = 2 if gpu else 0, 1 if isinstance(loader, Loader) else torch.get_num_threads()  # it encodes
         made = ahead(repeat(partial(next, drawn, None)), depth=depth, name="feed", cores=cores, timeout=world.timeout)
     try:
         while True:
