@@ -42,6 +42,7 @@ from micro_diffusion.training.config import Recipe
 if TYPE_CHECKING:
     from benchmarks.quality_score import Sampling
 
+CUTS: dict[str, bool | str] = {"none": False, "both": True, "style": "style"}
 SPARE = 75.0  # seconds that a run may need besides training: to compile, validate, score
 
 
@@ -55,7 +56,7 @@ class Job:
     seconds: float
     scenes: float  # share of the images
     settings: tuple[str, ...]
-    cut: bool = False  # whether some captions leave out the style or the concept
+    cut: bool | str = False  # whether some captions leave out the style or the concept; "style": the concept only
 
     def asked(self) -> dict[str, Any]:
         """As it is written down, and found again."""
@@ -123,7 +124,7 @@ class Bench:
         """Train and score; the line of the results."""
         recipe, began = job.make(), time.perf_counter()
         self.trainer.shares = 1 - job.scenes, job.scenes
-        self.trainer.held = self.held if job.cut else [each.uncut() for each in self.held]
+        self.trainer.held = [each.keep(job.cut) for each in self.held]
         speeds = [self.trainer.speed(recipe, stage) for stage in recipe.stages]
         recipe = fitted(recipe, [speed.images_per_second for speed in speeds], job.seconds)
         state, rows, used = self.trainer.run(recipe, lambda state: self.progress(state.shown, recipe))
@@ -190,15 +191,15 @@ def name_of(job: Job) -> str:
     """`baseline-0.0016-seed-1-95s-scenes-0.5`; other settings are told apart by their hash."""
     rate = [] if job.rate is None else [f"{job.rate:g}"]
     other = [hashlib.sha256(json.dumps(job.settings).encode()).hexdigest()[:6]] if job.settings else []
-    other += ["cut"] if job.cut else []
+    other += [f"cut-{job.cut}" if isinstance(job.cut, str) else "cut"] if job.cut else []
     return "-".join([job.recipe, *rate, f"seed-{job.seed}", f"{job.seconds:g}s", f"scenes-{job.scenes:g}", *other])
 
 
 def jobs(args: argparse.Namespace) -> list[Job]:
     """In the order in which they are worth most if the machine goes: all recipes and rates with one seed first."""
     return [
-        Job(recipe, rate, seed, args.seconds, args.scenes, tuple(args.set), args.cut)
-        for seed, rate, recipe in itertools.product(args.seeds, args.rates or [None], args.recipes)
+        Job(recipe, rate, seed, args.seconds, args.scenes, tuple(args.set), CUTS[cut])
+        for seed, rate, recipe, cut in itertools.product(args.seeds, args.rates or [None], args.recipes, args.cut)
     ][args.share[0] :: args.share[1]]
 
 
@@ -267,8 +268,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", type=float, default=0.5, help="share of the images that are scenes")
     parser.add_argument(
         "--cut",
-        action="store_true",
-        help="a quarter of the copies' captions lose the concept or the style",
+        nargs="+",
+        default=["none"],
+        choices=CUTS,
+        help="both: a quarter of the copies' captions lose the concept or the style; style: an eighth, the concept",
     )
     parser.add_argument("--guidance", nargs="+", type=float, default=[2.0], help="scales to score at")
     parser.add_argument(

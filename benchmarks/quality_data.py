@@ -135,13 +135,15 @@ class Held:
     start: Tensor  # (m) where a caption's states begin
     length: Tensor  # (m)
     states: Tensor  # (tokens, d) float16
+    alone: Tensor  # (n) whether a row's last caption tells a style alone
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def uncut(self) -> "Held":
-        """Without cut captions: the second of those rows that have two."""
-        return replace(self, count=self.count - (self.count == 2).long())
+    def keep(self, cut: bool | str) -> "Held":
+        """With all cut captions, those that tell the style alone ("style"), or none; a row of two has one."""
+        lost = (self.count == 2) & ~self.alone if cut == "style" else (self.count == 2) & (not cut)
+        return replace(self, count=self.count - lost.long())
 
     def take(self, rows: Tensor, choice: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
         """Latents, text and mask of rows, each with the caption that `choice` in [0, 1) chooses; float32."""
@@ -154,15 +156,18 @@ class Held:
 
 def hold(folder: Path, name: str, split: str, device: torch.device) -> Held:
     """The rows of one split in all stores of a name; UserError when there are none."""
-    columns: dict[str, list[np.ndarray]] = {key: [] for key in ("latents", "count", "length", "states")}
+    columns: dict[str, list[np.ndarray]] = {key: [] for key in ("latents", "count", "length", "states", "alone")}
     shape: tuple[int, ...] = ()
     for path in sorted(folder.glob(f"{name}-[0-9]*")):
         store = Store.open(path)
         (encoder,) = store.info.text_encoders
         for part in range(len(store.parts)):
-            wanted = pa.array(np.flatnonzero(pc.equal(store.rows(part)["split"], split).to_numpy()))
+            rows = store.rows(part)
+            wanted = pa.array(np.flatnonzero(pc.equal(rows["split"], split).to_numpy()))
             if not len(wanted):
                 continue
+            captions = rows["captions"].take(wanted).to_pylist()
+            columns["alone"].append(np.array([each[-1].startswith("in ") for each in captions]))
             latents, text = store.latents(RESOLUTION, part).take(wanted), store.text(encoder, part).take(wanted)
             shape = store.info.autoencoder.channels, latents["height"][0].as_py(), latents["width"][0].as_py()
             columns["latents"].append(values(latents["latents"]))
@@ -171,10 +176,11 @@ def hold(folder: Path, name: str, split: str, device: torch.device) -> Held:
             columns["states"].append(values(text["states"]).reshape(-1, store.info.text_encoders[encoder].width))
     if not shape:
         raise UserError(f"{folder} has no {name} of the split {split!r}; prepare more of them.")
-    latents, count, length, states = (torch.from_numpy(np.concatenate(each)) for each in columns.values())
+    latents, count, length, states, alone = (torch.from_numpy(np.concatenate(each)) for each in columns.values())
     count, length = count.long(), length.long()
     first, start = count.cumsum(0) - count, length.cumsum(0) - length
-    return Held(*(each.to(device) for each in (latents.reshape(-1, *shape), first, count, start, length, states)))
+    held = latents.reshape(-1, *shape), first, count, start, length, states, alone
+    return Held(*(each.to(device) for each in held))
 
 
 def values(column: pa.ChunkedArray) -> np.ndarray:

@@ -201,7 +201,7 @@ def quality(data: Any) -> list[list[Row]]:
         name = {"model": row.get("model", "")}
         if asked := row.get("asked"):
             rate = asked["rate"] or row["recipe"]["stages"][0]["learning_rate"]
-            recipe = [asked["recipe"], *asked["settings"], *(["captions cut"] if asked.get("cut") else [])]
+            recipe = [asked["recipe"], *asked["settings"], *([CUTS[asked["cut"]]] if asked.get("cut") else [])]
             name = {"recipe": ", ".join(recipe), "rate": f"{rate:g}"}
             name |= {"scenes": f"{asked['scenes']:.0%}", "seed": str(asked["seed"])}
             name |= {"GPU-seconds": f"{row['seconds_used']:.0f}"}
@@ -238,6 +238,7 @@ def tune(data: Any) -> list[list[Row]]:
     ]]  # fmt: skip
 
 
+CUTS = {True: "captions cut", "style": "captions cut to the style"}
 SCORES = ("concept top-1, held-out pairs", "concept top-5, held-out pairs", "style, held-out pairs",
           "concept top-1, held-out concepts", "both, seen pairs", "both, slice", "overall")  # fmt: skip
 

@@ -112,7 +112,8 @@ def held(value: float, rows: int = 6) -> Held:
     start = length.cumsum(0) - length
     states = torch.repeat_interleave(torch.arange(2.0 * rows), length)[:, None].expand(-1, 3).half() + 1
     count = torch.full((rows,), 2)
-    return Held(torch.full((rows, 4, 2, 2), value).half(), count.cumsum(0) - 2, count, start, length, states)
+    alone = torch.arange(rows) % 2 == 0
+    return Held(torch.full((rows, 4, 2, 2), value).half(), count.cumsum(0) - 2, count, start, length, states, alone)
 
 
 def test_rows_come_with_the_caption_chosen() -> None:
@@ -133,7 +134,8 @@ def test_cut_captions_can_be_left_out() -> None:
     assert len(styles) == len(subjects) == len(copies) // 4
     assert all(text.endswith(" style") for text in styles) and not any(" style" in text for text in subjects)
     one = held(1.0)
-    assert one.count.tolist() == [2] * 6 and one.uncut().count.tolist() == [1] * 6
+    assert one.keep(True).count.tolist() == [2] * 6 and one.keep(False).count.tolist() == [1] * 6
+    assert one.keep("style").count.tolist() == [2, 1] * 3
 
 
 def test_a_batch_has_its_shares_and_the_recipes_draws() -> None:
