@@ -54,7 +54,7 @@ def test_a_rate_moves_all_stages() -> None:
 
 def asked(**changes: object) -> argparse.Namespace:
     names = {"recipes": ["baseline", "no-mixer"], "seeds": [0, 1], "rates": [], "seconds": 9.0, "scenes": 0.5}
-    return argparse.Namespace(**{**names, "set": [], "share": (0, 1), "cut": False, **changes})
+    return argparse.Namespace(**{**names, "set": [], "share": (0, 1), "cut": ["none"], **changes})
 
 
 def test_recipes_learn_of_the_text_encoder_that_the_data_have() -> None:
