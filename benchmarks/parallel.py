@@ -71,7 +71,7 @@ class Run:
         self.state = state or first_state(
             self.recipe, downscale=DOWNSCALE, device=self.device, shard=self.parallel.shard
         )
-        self.use(self.parallel.network(self.state.dit))
+        self.use(self.parallel.network(self.state.dit, self.stage))
         self.examples = self.batch(0)
         self.micro = self.parallel.micro_batch(self.stage)
         return self.state

@@ -12,12 +12,12 @@ Two checkpoints are written in cases of --checkpoints stages, on one GPU and on 
 the host, the second finds it there, and is the one that counts. Time that it waited for the first to be on the disk is
 taken off.
 
-Compiling is most of the time, so blocks are compiled one by one in every case, one GPU too (`whole` compiles the model
-as `train` does on one GPU), and each process sees its own GPU alone, as the first: a graph's name in Inductor's cache
-has the number of its GPU. All cases of a stage then share graphs (DDP's not with --split, which lets Dynamo cut them
-where gradients fill a bucket; the package does not, since blocks are compiled one by one). Graphs are compiled first,
-by one process a stage, side by side on as many GPUs (--warm, --only-warm); each row has `first_step_seconds` and the
-hits and misses of the cache.
+Compiling is most of the time, so one GPU compiles as DDP does, blocks one by one where a step is one micro-batch and
+else the whole model (`whole` compiles the model whole in any case, as `train` does on one GPU), and each process sees
+its own GPU alone, as the first: a graph's name in Inductor's cache has the number of its GPU. One GPU and DDP then
+share the graphs of a stage (not with --split, which lets Dynamo cut them where gradients fill a bucket; the package
+does not); FSDP compiles by block and has graphs of its own. Graphs are compiled first, by one process a stage, side by
+side on as many GPUs (--warm, --only-warm); each row has `first_step_seconds` and the hits and misses of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.

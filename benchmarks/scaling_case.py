@@ -27,7 +27,7 @@ from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.hardware import gpu_of
 from micro_diffusion.training import loop
 from micro_diffusion.training.checkpoint import Saver
-from micro_diffusion.training.config import Recipe
+from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.optim import Step, guarded_step
 from micro_diffusion.training.options import Options
 from micro_diffusion.training.parallel import Parallel
@@ -151,9 +151,9 @@ class _Parallel(Parallel):
         super().__init__(*args)
         self.seen, self.by_block = seen, self.compile and seen.by_block
 
-    def network(self, dit: Any) -> Any:
+    def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
-        network = super().network(dit)
+        network = super().network(dit, stage)
         if self.seen.split is not None:
             torch._dynamo.config.optimize_ddp = self.seen.split
         return network
@@ -210,9 +210,9 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
 
     mode = case.mode if case.mode in ("ddp", "fsdp", "hybrid") else "auto"
     options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout)  # type: ignore[arg-type]
-    seen = Seen(
-        world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode != "whole", args.split, tell
-    )
+    # as DDP does it, which compiles the model whole where a step has several micro-batches
+    by_block = case.mode in ("fsdp", "hybrid") or (case.mode != "whole" and size == args.batch)
+    seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, by_block, args.split, tell)
     run = scratch / f"run-{case.file}"
     watched = mock.patch.multiple(loop, guarded_step=seen.step, Saver=seen.saver, Parallel=seen.parallel)
     with contextlib.suppress(Done), watched:

@@ -76,9 +76,8 @@ def train(
         while True:
             stage, end = recipe.stages[state.stage], recipe.ends[state.stage]
             objective, patches = recipe.make_objective(stage), state.dit.num_patches
-            network, micro_batch = parallel.network(state.dit), 0
-            loader, trouble, share = loaders[stage.resolution], None, stage.batch_size // world.size
-            work, work_ratio = None, -1.0
+            network, loader, trouble = parallel.network(state.dit, stage), loaders[stage.resolution], None
+            micro_batch, work, work_ratio, share = 0, None, -1.0, stage.batch_size // world.size
             data = stretches(state.images, end, state.guard.windows, size=stage.batch_size)
             batches = feed(loader, recipe, stage, patches=patches, data=data, device=device, world=world)
             meter.restart()

@@ -37,8 +37,7 @@ class Parallel:
 
     def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
         self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
-        several = "ddp" if options.parallel == "auto" else options.parallel
-        self.mode = several if world.size > 1 else "single"
+        self.mode = "single" if world.size == 1 else "ddp" if options.parallel == "auto" else options.parallel
         if options.cuda_graph and (self.mode != "single" or device.type != "cuda"):
             raise UserError("--cuda-graph is for one CUDA GPU")
         self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
@@ -82,19 +81,25 @@ class Parallel:
                 fully_shard(module, mesh=self.mesh)
         return dit
 
-    def network(self, dit: DiT) -> DiT:
-        """What a stage calls in place of the prepared model; the parameters are the model's own."""
+    def network(self, dit: DiT, stage: Stage) -> DiT:
+        """What a stage calls in place of the prepared model; the parameters are the model's own.
+
+        A step of several micro-batches under DDP has one graph for the whole model, in which its blocks are inlined:
+        to launch them one by one costs the host more in each micro-batch than hiding one all-reduce saves.
+        """
         if self.compile:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
             torch._dynamo.config.optimize_ddp = False  # which cuts blocks where DDP's buckets end
+        several = self.mode == "ddp" and self.micro_batch(stage) * self.world.size < stage.batch_size
+        whole = not self.by_block or (several and not self.options.activation_checkpointing)
+        network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and whole else dit
         if self.mode == "ddp":
-            where = [self.device] if self.device.type == "cuda" else None
-            wrapped = DistributedDataParallel(dit, where, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
+            wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
             wrapped.config = dit.config  # type: ignore[assignment]
             return cast(DiT, wrapped)
-        return cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
+        return network
 
     def split(self, network: DiT, batch: Examples, size: int) -> Iterator[Examples]:
         """Micro-batches of `size` images; gradients cross the ranks in the backward pass of the last one only."""

@@ -1,7 +1,8 @@
 """Training runs in processes of their own, alone or with others under torchrun, for the tests beside this file.
 
 `python ranks.py FOLDER '{"parallel": "fsdp", ...}'` trains the tiny recipe on random rows; settings that are no option:
-`micro` and `batch` for the recipe's sizes, `images` for its length, `kill` for when and where to be killed.
+`micro` and `batch` for the recipe's sizes, `images` for its length, `kill` for when and where to be killed, `compile`
+for a backend of torch.compile (`graphs.txt` then has how many graphs it was given).
 """
 
 import json
@@ -12,12 +13,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch._dynamo.utils import counters
 
 from micro_diffusion.data.loader import Batch, Loader
 from micro_diffusion.models.presets import PRESETS
@@ -105,7 +108,7 @@ def recipe(settings: dict[str, Any]) -> Recipe:
     stages = (first, second)[: settings.get("stages", 2)]
     return Recipe(
         name="ranks", model=model, stages=stages, log_every=BATCH, checkpoint_every=settings.get("every", 3 * BATCH),
-        sample_every=2 * BATCH,
+        sample_every=2 * BATCH, compile="compile" in settings, text_length=3 if "compile" in settings else None,
     )  # fmt: skip
 
 
@@ -120,6 +123,8 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
 
     if machines := settings.get("machines"):
         os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // machines)
+    if "compile" in settings:
+        torch.compile = partial(torch.compile, backend=settings["compile"])
     options = Options(**{name: settings[name] for name in settings.keys() & Options.__dataclass_fields__.keys()})
     try:
         with join("cpu", timeout=options.timeout) as world:
@@ -129,6 +134,8 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
                 recipe(settings), run=folder, loaders=loaders, downscale=8, device=torch.device("cpu"), release=release,
                 options=options, world=world,
             )  # fmt: skip
+            if world.rank == 0:
+                (folder / "graphs.txt").write_text(str(counters["stats"]["unique_graphs"]))
     except Interrupted as stopped:
         return 128 + stopped.signal
     except UserError as error:

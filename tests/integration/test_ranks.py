@@ -79,6 +79,19 @@ def test_the_same_mathematics(undisturbed: Path, tmp_path: Path, ranks: int, set
             torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [({}, 6), ({"micro_batch": 2}, 2), ({"micro_batch": 2, "activation_checkpointing": True}, 6), (FSDP, 6)],
+)
+def test_compiled_by_block_or_whole(undisturbed: Path, tmp_path: Path, settings: dict[str, Any], graphs: int) -> None:
+    """A graph for each of three blocks in each stage; one for all where a step of DDP has several micro-batches."""
+    run(tmp_path, 2, compile="aot_eager", **settings)
+    assert dict(losses(tmp_path)) == pytest.approx(dict(losses(undisturbed)), rel=1e-5)
+    for name, value in weights(undisturbed).items():
+        torch.testing.assert_close(weights(tmp_path)[name], value, rtol=0, atol=1e-5, msg=name)
+    assert int((tmp_path / "graphs.txt").read_text()) == graphs
+
+
 @pytest.mark.parametrize(("before", "ranks", "after"), [({}, 1, {}), (FSDP, 4, {}), ({}, 4, FSDP), (FSDP, 1, {})])
 def test_another_number_of_ranks_goes_on(
     undisturbed: Path, tmp_path: Path, before: dict[str, str], ranks: int, after: dict[str, str]
