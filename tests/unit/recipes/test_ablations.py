@@ -27,7 +27,7 @@ CHANGES = {
     "less-decay": ["weight_decay"],
     "averages": ["stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*"],
     "candidate": [
-        "optimizer", "stages.?.images", "stages.0.mask_ratio",
+        "optimizer", "model.use_patch_mixer", "stages.?.images", "stages.0.mask_ratio",
         "stages.1.ema_halflife_images", "stages.1.ema_sigma_rel*",
     ],
 }  # fmt: skip
