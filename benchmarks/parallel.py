@@ -1,17 +1,14 @@
 """Several GPUs, little memory and the cost of safety: `python -m benchmarks.parallel --out parallel.json`.
 
 Whole training steps on random latents through the loop's own parts (share of the batch, micro-batches, gradient,
-guarded step). One process (or torchrun) a case; JSON is rewritten after each. Blocks are compiled one by one in every
-case, one GPU included: the graphs are then the same in all modes, so the first case fills inductor's cache for the
-others. `whole` is one GPU with the model compiled whole, as `train` does it there. `24gb-*` run without compiling,
-because each halving of the micro-batch would compile anew.
+guarded step). One process (or torchrun) a case; JSON is rewritten after each. `24gb-*` run without compiling, because
+each halving of the micro-batch would compile anew.
 
 Checkpoints: `ddp` writes one, `fsdp` goes on from it and writes another, `back` goes on from that with DDP; each
 compares sums over weights and moments, and the loss of the same next batch.
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -25,13 +22,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.presets import PRESETS
@@ -48,14 +43,15 @@ from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import State, first_state
 
 TEXT_LENGTH, TEXT_WIDTH, DOWNSCALE = 77, 1024, 8
-CASES = ("single", "ddp", "fsdp", "back", "24gb-1", "24gb-1-ac", "24gb-3", "24gb-3-ac", "whole")
+CASES = ("single", "ddp", "fsdp", "back", "24gb-1", "24gb-1-ac", "24gb-3", "24gb-3-ac")
 
 
 class Run:
     """A stage's network, optimizer and random batches, as the loop would have them."""
 
-    def __init__(self, args: argparse.Namespace, world: World, options: Options, *, resolution: int, by_block: bool,
-                 compiled: bool) -> None:  # fmt: skip
+    def __init__(
+        self, args: argparse.Namespace, world: World, options: Options, *, resolution: int, compiled: bool
+    ) -> None:  # fmt: skip
         self.device, self.world = pick_device("cuda" if args.gpu else "cpu"), world
         config = PRESETS[args.preset](caption_channels=TEXT_WIDTH, text_mask="none")
         stage = Stage("benchmark", resolution=resolution, images=1000 * args.batch * world.size,
@@ -64,7 +60,6 @@ class Run:
         self.recipe = Recipe("benchmark", config, (stage,), text_length=TEXT_LENGTH, compile=compiled,
                              precision="bf16" if args.gpu else "float32")  # fmt: skip
         self.stage, self.parallel = stage, Parallel(options, world, self.recipe, self.device)
-        self.parallel.by_block = compiled and by_block
 
     def begin(self, state: State | None = None) -> State:
         """A random state, or the one given, ready to train."""
@@ -208,31 +203,6 @@ def resumed(run: Run, folder: Path) -> dict[str, Any]:
     return {"resumed_from": folder.name, "largest_relative_difference": worst, "resumed_loss": loss}
 
 
-def ddp_variants(run: Run, steps: int) -> dict[str, float]:
-    """Images a second of the same step by DDP's settings, and without its all-reduce: what that costs in all."""
-    found = {}
-    settings = {"25 MB": (25, False), "200 MB": (200, False), "25 MB, bf16": (25, True), "200 MB, bf16": (200, True)}
-    for name, (megabytes, half) in settings.items():
-        run.use(run.state.dit)  # the old wrapper goes, and with it its hooks
-        gc.collect()
-        where = [run.device] if run.device.type == "cuda" else None
-        wrapped = DistributedDataParallel(
-            run.state.dit, where, gradient_as_bucket_view=True, bucket_cap_mb=megabytes
-        )  # fmt: skip
-        wrapped.config = run.state.dit.config  # type: ignore[assignment]
-        if half:
-            wrapped.register_comm_hook(None, bf16_compress_hook)
-        run.use(cast(DiT, wrapped))
-        del wrapped
-        run.seconds(2)
-        found[name] = run.stage.batch_size / statistics.median(run.seconds(steps))
-    run.use(run.state.dit)
-    gc.collect()
-    run.seconds(1)
-    found["no all-reduce"] = run.stage.batch_size / statistics.median(run.seconds(steps))
-    return found
-
-
 def guard_cost(run: Run, times: int = 20) -> dict[str, float]:
     """Milliseconds of the guarded step, and of the same AdamW without clipping or guard."""
 
@@ -262,15 +232,15 @@ def work(args: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
         if args.gpu:
             torch.cuda.set_per_process_memory_fraction(24e9 / torch.cuda.get_device_properties(0).total_memory)
         options = Options(activation_checkpointing=case.endswith("ac"), micro_batch="auto")
-        run = Run(args, world, options, resolution=512 if "-3" in case else 256, by_block=True, compiled=False)
+        run = Run(args, world, options, resolution=512 if "-3" in case else 256, compiled=False)
         run.begin()
         run.micro = run.parallel.fit(run.network, run.examples, run.stage, run.backward)
         yield {"limit_gb": 24, "compiled": False} | run.measure(max(2, args.steps // 3))
         return
-    mode = {"single": "auto", "whole": "auto", "ddp": "ddp", "fsdp": "fsdp", "back": "ddp"}[case]
+    mode = {"single": "auto", "ddp": "ddp", "fsdp": "fsdp", "back": "ddp"}[case]
     options = Options(parallel=mode, micro_batch=args.micro_batch, reshard=args.reshard)  # type: ignore[arg-type]
     compiled = args.compile and case != "back"
-    run = Run(args, world, options, resolution=256, by_block=case != "whole", compiled=compiled)
+    run = Run(args, world, options, resolution=256, compiled=compiled)
     # a mode that goes on from a checkpoint is given the recipe that it was saved with
     run.recipe = replace(run.recipe, compile=args.compile)
     if case == "back":
@@ -284,7 +254,6 @@ def work(args: argparse.Namespace, world: World) -> Iterator[dict[str, Any]]:
     if case == "ddp":
         row |= saved(run, folder / "ddp")
         yield row
-        yield row | {"variants": ddp_variants(run, args.steps)}
     if case == "fsdp":
         row |= resumed(run, folder / "ddp")
         yield row

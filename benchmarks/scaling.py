@@ -12,12 +12,10 @@ Two checkpoints are written in cases of --checkpoints stages, on one GPU and on 
 the host, the second finds it there, and is the one that counts. Time that it waited for the first to be on the disk is
 taken off.
 
-Compiling is most of the time, so one GPU compiles as DDP does, blocks one by one where a step is one micro-batch and
-else the whole model (`whole` compiles the model whole in any case, as `train` does on one GPU), and each process sees
-its own GPU alone, as the first: a graph's name in Inductor's cache has the number of its GPU. One GPU and DDP then
-share the graphs of a stage (not with --split, which lets Dynamo cut them where gradients fill a bucket; the package
-does not); FSDP compiles by block and has graphs of its own. Graphs are compiled first, by one process a stage, side by
-side on as many GPUs (--warm, --only-warm); each row has `first_step_seconds` and the hits and misses of the cache.
+Compiling is most of the time. Graphs are compiled first, by one process for each stage on one GPU, with DDP and with
+sharding, which differ; these run side by side on as many GPUs (--warm, --only-warm). Each process sees its own GPU
+alone, as the first: a graph's name in Inductor's cache has the number of its GPU. Each row has `first_step_seconds`
+and the hits and misses of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.
@@ -48,8 +46,9 @@ from benchmarks.scaling_case import ROW_STEPS, TEXT_LENGTH, checkpoints, row_pat
 from benchmarks.scaling_plan import PAPER, Case, completed, ordered, rounds
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.distributed import join
+from micro_diffusion.training.parallel import BUCKETS
 
-MODES = ("ddp", "fsdp", "hybrid", "whole")
+MODES = ("ddp", "fsdp", "hybrid")
 LEAST = 45  # seconds; a case that has less left is not begun
 
 
@@ -118,8 +117,8 @@ def measure_all(args: argparse.Namespace) -> None:
         rows = result["cases"]
         return [case for case in cases if case.name not in rows or "failed" in rows[case.name]]
 
-    def together(some: Sequence[Case], asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
-        free, starts = list(gpus), []
+    def together(some: Sequence[Case], asked: argparse.Namespace, places: Sequence[str]) -> dict[str, dict[str, Any]]:
+        free, starts = list(places), []
         with ThreadPoolExecutor(len(some)) as pool:
             for case in some:
                 starts.append(pool.submit(launch, case, asked, free[: case.ranks], min(args.case_seconds, left())))
@@ -132,11 +131,13 @@ def measure_all(args: argparse.Namespace) -> None:
 
     if args.warm and args.compile:
         asked = argparse.Namespace(**vars(args) | {"warming": True})
-        cold = [Case(stage, 1, "single") for stage in dict.fromkeys(case.stage for case in missing())]
+        kinds = [(case.stage, case.mode.replace("hybrid", "fsdp")) for case in missing()]  # of one machine is the same
+        cold = [Case(stage, 1, mode) for stage, mode in dict.fromkeys(kinds)]
         cold = [case for case in cold if not row_path(case, asked).exists()]
-        for some in rounds(cold, len(gpus), alone=lambda case: False):
+        places = gpus * args.warm_at_once
+        for some in rounds(cold, len(places), alone=lambda case: False):
             if left() > LEAST:
-                for name, row in together(some, asked).items():
+                for name, row in together(some, asked, places).items():
                     result.setdefault("warming", {})[name] = row
                 write()
     if args.only_warm:
@@ -144,7 +145,7 @@ def measure_all(args: argparse.Namespace) -> None:
     for some in rounds(missing(), len(gpus), alone=lambda case: not args.side_by_side or checkpoints(case, args)):
         if left() < LEAST:
             break
-        for name, row in together(some, args).items():
+        for name, row in together(some, args, gpus).items():
             result["machine"] = row.pop("machine", result.get("machine", {}))
             result["cases"][name] = row | ({"beside": len(some) - 1} if len(some) > 1 else {})
         write()
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file; rewritten after each case")
     parser.add_argument("--stages", nargs="+", default=list(PAPER), choices=PAPER, metavar="PIXELS:MASK")
     parser.add_argument("--ranks", nargs="+", type=int, help="default: 1, 2, 4, 8, as far as there are GPUs")
-    parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp", "hybrid"], choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=MODES, choices=MODES)
     parser.add_argument("--checkpoints", nargs="*", choices=PAPER, help="stages that write two; default: the first one")
     parser.add_argument("--preset", choices=PRESETS, help="default: MicroDiT_XL_2, or MicroDiT_Nano_4 without a GPU")
     parser.add_argument("--batch", type=int, help="images of a step on each GPU; default: 256, or 8 without a GPU")
@@ -170,11 +171,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4096, help="of the store")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--warm-at-once", type=int, default=1, help="processes on a GPU while they compile")
     parser.add_argument("--only-warm", action="store_true", help="compile, and measure nothing yet")
     parser.add_argument("--own-gpu", action=argparse.BooleanOptionalAction, default=True,
                         help="each process sees its GPU alone, and shares what others compiled")  # fmt: skip
     parser.add_argument("--side-by-side", action="store_true")
-    parser.add_argument("--split", action=argparse.BooleanOptionalAction, help="DDPOptimizer; default: as the package")
+    parser.add_argument(
+        "--buckets", type=int, default=BUCKETS, help="all-reduces of a step of DDP; default: %(default)s"
+    )
     parser.add_argument(
         "--scratch", default="/tmp/scaling-benchmark", help="store, rows and checkpoints; the store stays"
     )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -25,7 +25,7 @@ from micro_diffusion.recipes.paper import paper_37m
 from micro_diffusion.runtime.device import pick_device
 from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.hardware import gpu_of
-from micro_diffusion.training import loop
+from micro_diffusion.training import loop, parallel
 from micro_diffusion.training.checkpoint import Saver
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.optim import Step, guarded_step
@@ -61,8 +61,8 @@ class Seen:
     window: float
     checkpoints: int
     warm: bool
-    by_block: bool
-    split: bool | None
+    mode: str
+    buckets: int
     tell: Callable[["Seen"], None]
     begun: float = field(default_factory=time.perf_counter)
     ready: float = 0.0
@@ -100,7 +100,7 @@ class Seen:
         if steps < 2 * ROW_STEPS + 2:
             return False
         if self.checkpoints:
-            written = self.saves[-1].written if len(self.saves) == self.checkpoints else None
+            written = self.saves[self.checkpoints - 1].written if len(self.saves) >= self.checkpoints else None
             return written is not None and self.host[-3] > written
         return self.host[-1] - self.host[ROW_STEPS + 1] > self.window
 
@@ -149,14 +149,14 @@ class _Saver(Saver):
 class _Parallel(Parallel):
     def __init__(self, seen: Seen, *args: Any) -> None:
         super().__init__(*args)
-        self.seen, self.by_block = seen, self.compile and seen.by_block
+        self.seen = seen
+        if seen.warm and seen.mode != "single":  # one rank that does as several would
+            self.mode, self.by_block = cast(Any, seen.mode), self.compile and seen.mode != "ddp"
 
     def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
-        network = super().network(dit, stage)
-        if self.seen.split is not None:
-            torch._dynamo.config.optimize_ddp = self.seen.split
-        return network
+        with mock.patch.object(parallel, "BUCKETS", self.seen.buckets):
+            return super().network(dit, stage)
 
 
 def recipe_of(case: Case, args: argparse.Namespace, step_seconds: float | None) -> Recipe:
@@ -204,15 +204,15 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             "first_step_seconds": round(seen.first, 1),
             "steps": len(seen.ends) - 1,
             "cache": cache(),
-            **({"split_for_ddp": torch._dynamo.config.optimize_ddp} if case.mode == "ddp" and args.compile else {}),
+            **({"buckets": args.buckets} if case.mode == "ddp" else {}),
         }
         write_row(case, args, row | found | more)
 
-    mode = case.mode if case.mode in ("ddp", "fsdp", "hybrid") else "auto"
+    mode = "auto" if case.mode == "single" else case.mode
     options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout)  # type: ignore[arg-type]
-    # as DDP does it, which compiles the model whole where a step has several micro-batches
-    by_block = case.mode in ("fsdp", "hybrid") or (case.mode != "whole" and size == args.batch)
-    seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, by_block, args.split, tell)
+    seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, tell)
+    if args.warming and case.mode != "single":
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
     run = scratch / f"run-{case.file}"
     watched = mock.patch.multiple(loop, guarded_step=seen.step, Saver=seen.saver, Parallel=seen.parallel)
     with contextlib.suppress(Done), watched:
@@ -223,9 +223,9 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     peaks = [world.agree(peak_bytes(device) if world.rank == rank else 0) for rank in range(world.size)]
     more: dict[str, Any] = {"peak_gb": [round(peak / 1e9, 2) for peak in peaks]}
     if seen.saves:
-        folder, last = run / "checkpoints", seen.saves[-1]
+        folder, last = run / "checkpoints", seen.saves[1]
         found = analysed(seen.seconds(), every=ROW_STEPS, saves=seen.spans())
-        cost = found["lost_seconds"][-1]  # type: ignore[index]
+        cost = found["lost_seconds"][1]  # type: ignore[index]
         assert last.written is not None
         more |= {
             "checkpoint_gb": round(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e9, 2),

@@ -16,7 +16,7 @@ PAPER = {f"{stage.resolution}:{stage.mask_ratio:g}": stage for stage in paper_37
 
 @dataclass(frozen=True)
 class Case:
-    """A stage on so many GPUs; one GPU's modes are `single`, compiled by block, and `whole`."""
+    """A stage on so many GPUs; one GPU's mode is `single`."""
 
     stage: str
     ranks: int
@@ -57,9 +57,7 @@ def ordered(stages: Sequence[str], ranks: Iterable[int], modes: Sequence[str]) -
         return tiers.index(True), stages.index(case.stage), ("single", *modes).index(case.mode), case.ranks
 
     cases = [Case(stage, 1, "single") for stage in stages if 1 in counts]
-    cases += [Case(stage, 1, "whole") for stage in stages if 1 in counts and "whole" in modes]
-    several = [mode for mode in modes if mode != "whole"]
-    cases += [Case(stage, count, mode) for stage in stages for count in counts if count > 1 for mode in several]
+    cases += [Case(stage, count, mode) for stage in stages for count in counts if count > 1 for mode in modes]
     return sorted(cases, key=worth)
 
 
@@ -155,10 +153,9 @@ def completed(result: dict[str, Any], price: float | None) -> dict[str, Any]:
     rows = result["cases"]
     for name, row in rows.items():
         case = Case.named(name)
-        for base in ("single", "whole"):
-            alone = rows.get(Case(case.stage, 1, base).name, {}).get("images_per_second")
-            if alone and case.ranks > 1 and "images_per_second" in row:
-                row[f"efficiency_against_{base}"] = round(row["images_per_second"] / case.ranks / alone, 4)
+        alone = rows.get(Case(case.stage, 1, "single").name, {}).get("images_per_second")
+        if alone and case.ranks > 1 and "images_per_second" in row:
+            row["efficiency_against_single"] = round(row["images_per_second"] / case.ranks / alone, 4)
     name = result.get("machine", {}).get("device", "").removeprefix("NVIDIA ")
     gpu = next((gpu for gpu in GPUS.values() if name in gpu.names), None)
     return result | {"whole_run": whole_runs(rows, gpu, price)}

@@ -205,13 +205,10 @@ def train_recipe(recipe: "Recipe", folders: Sequence[str], run: Path, *, device:
     held_out = [store for store in stores if any(set(part.splits) - {"train"} for part in store.parts)]
     kept = {size: [store for store in some if store in held_out] for size, some in having.items()}
     source = stream(recipe, autoencoder, text_encoder, run=run, device=chosen) if stream else None
-    loaders: Mapping[int, Batches]
-    if source:
-        loaders = {size: replace(source, resolution=size) for size in having}
-        captions = source.captions(SAMPLE_PROMPTS)
-    else:
-        loaders = open_loaders(recipe, having, "train")
-        captions = first_captions(held_out[0] if held_out else stores[0], held_out=bool(held_out))
+    streamed = {size: replace(source, resolution=size) for size in having} if source else None
+    loaders: Mapping[int, Batches] = streamed or open_loaders(recipe, having, "train")
+    kind = bool(held_out)
+    captions = source.captions(SAMPLE_PROMPTS) if source else first_captions((held_out or stores)[0], held_out=kind)
     if recipe.evaluate_every and not evaluate:
         raise UserError("evaluate_every does nothing without --evaluate: name a benchmark, or set it to 0.")
     hooks = [] if world.rank else make_hooks(parts, run, captions, price=price, wandb=wandb, evaluate=evaluate,

@@ -71,15 +71,9 @@ def _cut_out(weights: Path) -> Path:
     cached = cache_folder() / f"openclip-text-{key}.safetensors"
     if cached.is_file():
         return cached
-    named = ((_text_key(name), tensor) for name, tensor in load_tensors(weights).items())
-    tower = {name: tensor.float().contiguous() for name, tensor in named if name}
+    named = ((name.removeprefix("text."), tensor) for name, tensor in load_tensors(weights).items())
+    tower = {name: tensor.float().contiguous() for name, tensor in named if name.startswith(TEXT_KEYS)}
     cached.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(cached, shared=True) as temporary:
         save_file(tower, temporary, metadata={"format": "pt"})
     return cached
-
-
-def _text_key(name: str) -> str:
-    """The tensor's name in the text tower, or nothing if it belongs elsewhere."""
-    name = name.removeprefix("text.")
-    return name if name.startswith(TEXT_KEYS) else ""

@@ -107,9 +107,8 @@ def _asked(error: UnpicklingError) -> str:
 
 def weights_sha256(files: Sequence[Path]) -> str:
     """The hash of a weights file; of several, the hash of their hashes."""
-    if len(files) == 1:
-        return sha256(files[0])
-    return hashlib.sha256("".join(sha256(file) for file in files).encode()).hexdigest()
+    hashes = [sha256(file) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def cache_folder() -> Path:

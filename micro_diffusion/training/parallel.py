@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from micro_diffusion.models.dit import DiT
+from micro_diffusion.models.dit import DiT, Stream
 from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training.config import Recipe, Stage
@@ -28,7 +28,8 @@ from micro_diffusion.training.options import Options
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-BUCKET_MB = 200  # of gradients in one all-reduce: with torch's 25 it was hidden less well (docs/results.md)
+BUCKETS = 6  # all-reduces of a step of DDP, and about as many graphs: the host falls behind a GPU with more of them
+UNIT = 4  # blocks that are gathered by FSDP, and compiled, at once: for the same reason
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nobody here writes into
 
 
@@ -40,7 +41,7 @@ class Parallel:
         self.mode = "single" if world.size == 1 else "ddp" if options.parallel == "auto" else options.parallel
         if options.cuda_graph and (self.mode != "single" or device.type != "cuda"):
             raise UserError("--cuda-graph is for one CUDA GPU")
-        self.by_block = recipe.compile and (self.mode != "single" or options.activation_checkpointing)
+        self.by_block = recipe.compile and (self.mode in ("fsdp", "hybrid") or options.activation_checkpointing)
         for stage in recipe.stages:
             self.micro_batch(stage)
 
@@ -67,38 +68,40 @@ class Parallel:
     def shard(self, dit: DiT) -> DiT:
         """Prepare a new model, in place, before its optimizer is made: blocks recompute, compile, parameters shard.
 
-        Compiling block by block leaves the hooks of FSDP and DDP between the blocks, where communication overlaps.
+        FSDP's hooks stay between units of a few blocks, where communication overlaps.
         """
-        blocks = cast(list[nn.Module], [*dit.patch_mixer, *dit.blocks])
+        size = 1 if self.options.activation_checkpointing else UNIT
+        stacks: list[list[nn.Module]] = [[*dit.patch_mixer], [*dit.blocks]]
+        units = [stack[at : at + size] for stack in stacks for at in range(0, len(stack), size)]
         recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        for block in blocks:
+        for unit in units:
             if self.by_block:
-                block.forward = torch.compile(block.forward, dynamic=False)
+                together = functools.partial(_in_turn, [block.forward for block in unit])
+                for block in unit[1:]:  # is called as before, for the sake of hooks, after its work is done
+                    block.forward = lambda stream, *_: stream
+                unit[0].forward = torch.compile(together, dynamic=False)
             if self.options.activation_checkpointing:
-                block.forward = functools.partial(recompute, block.forward)
+                unit[0].forward = functools.partial(recompute, unit[0].forward)
         if self.mode in ("fsdp", "hybrid"):
-            for module in (*blocks, dit):
-                fully_shard(module, mesh=self.mesh)
+            for unit in [*units, cast(list[nn.Module], [dit])]:
+                fully_shard(unit, mesh=self.mesh)
         return dit
 
     def network(self, dit: DiT, stage: Stage) -> DiT:
         """What a stage calls in place of the prepared model; the parameters are the model's own.
 
-        A step of several micro-batches under DDP has one graph for the whole model, in which its blocks are inlined:
-        to launch them one by one costs the host more in each micro-batch than hiding one all-reduce saves.
+        For DDP the compiler cuts the model where a bucket of gradients is full: its all-reduce then begins while
+        the backward pass goes on.
         """
         if self.compile:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
-            torch._dynamo.config.optimize_ddp = False  # which cuts blocks where DDP's buckets end
-        several = self.mode == "ddp" and self.micro_batch(stage) * self.world.size < stage.batch_size
-        whole = not self.by_block or (several and not self.options.activation_checkpointing)
-        network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and whole else dit
+            torch._dynamo.config.optimize_ddp = not self.by_block  # it would cut blocks, too
+        network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
         if self.mode == "ddp":
-            wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
-            wrapped.config = dit.config  # type: ignore[assignment]
-            return cast(DiT, wrapped)
+            size = max(1.0, sum(each.nbytes for each in dit.parameters()) / 2**20 / BUCKETS)
+            return cast(DiT, DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=size))
         return network
 
     def split(self, network: DiT, batch: Examples, size: int) -> Iterator[Examples]:
@@ -163,6 +166,12 @@ class Parallel:
             network.set_requires_gradient_sync(now)
             network.set_reshard_after_forward(self.options.reshard)
             network.set_reshard_after_backward(now or self.options.reshard)
+
+
+def _in_turn(forwards: list[Callable[..., Stream]], stream: Stream, *rest: Tensor | None) -> Stream:
+    for forward in forwards:
+        stream = forward(stream, *rest[:3])  # each makes its own keys; the fourth would be those of the first
+    return stream
 
 
 def make_deterministic() -> None:
