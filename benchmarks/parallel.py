@@ -264,12 +264,11 @@ def write(path: Path, case: str, row: dict[str, Any]) -> None:
     """Put the row into the result, with efficiencies against one GPU."""
     result = json.loads(path.read_text()) if path.exists() else {"machine": machine(), "cases": {}}
     result["cases"][case] = row
-    for one in ("single", "whole"):
-        if base := result["cases"].get(one):
-            for each in result["cases"].values():
-                if each.get("ranks", 1) > 1:
-                    speedup = each["images_per_second"] / base["images_per_second"]
-                    each[f"efficiency_against_{one}"] = round(speedup / each["ranks"], 4)
+    if base := result["cases"].get("single"):
+        for each in result["cases"].values():
+            if each.get("ranks", 1) > 1:
+                speedup = each["images_per_second"] / base["images_per_second"]
+                each["efficiency_against_single"] = round(speedup / each["ranks"], 4)
     path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{case}: {json.dumps({key: value for key, value in row.items() if key != 'step_seconds'})}", flush=True)
 
