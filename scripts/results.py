@@ -366,12 +366,22 @@ def right_by(scores: Mapping[str, Mapping[str, float]]) -> Row:
             for measure in ("concept top-1", "style", "both")}  # fmt: skip
 
 
+def launch(data: Any) -> list[list[Row]]:
+    """A narrow step by the form of the model."""
+    return [[
+        {"form": form, "median step": f"{row['median_ms']:.1f} ms",
+         "quickest tenth, below": f"{row['quickest_tenth_ms']:.1f} ms",
+         "first step, kernels compiled before": measured(row["first_step_seconds"], " s")}
+        for form, row in data["forms"].items()
+    ]]  # fmt: skip
+
+
 TABLES: dict[str, Callable[[Any], list[list[Row]]]] = {
     "step": step, "sampler": sampler, "numerics": numerics, "attention": twins, "moe": twins, "norms": twins,
     "text_keys": twins, "scores": scores, "tune": tune,
     "loader": loader, "quickstart": quickstart, "emoji": emoji, "autoencoder": autoencoder, "rehearsal": rehearsal,
     "quality": quality, "parallel": parallel, "encode": encode, "features": features, "judges": judges,
-    "fp8": fp8, "scaling": scaling, "text_layers": text_layers,
+    "fp8": fp8, "scaling": scaling, "launch": launch, "text_layers": text_layers,
 }  # fmt: skip
 """By the first word of a file's name: its tables, made of what it holds."""
 
