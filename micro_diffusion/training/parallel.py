@@ -169,6 +169,7 @@ class Parallel:
 
 
 def _in_turn(forwards: list[Callable[..., Stream]], stream: Stream, *rest: Tensor | None) -> Stream:
+    """A unit of blocks as one function: caption, condition and mask are the same for all."""
     for forward in forwards:
         stream = forward(stream, *rest[:3])  # each makes its own keys; the fourth would be those of the first
     return stream
