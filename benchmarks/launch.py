@@ -41,16 +41,16 @@ FORMS: dict[str, tuple[str, bool, int, int]] = {
 PRESET = replace(PRESETS["MicroDiT_XL_2"], dim=64, mixer_dim=48, head_dim=16, multiple_of=16, input_size=8)
 
 
-def step_of(form: str, device: torch.device, compiled: bool) -> Callable[[], float]:
+def step_of(form: str, device: torch.device) -> Callable[[], float]:
     """A step in that form, compiled by its first call; its milliseconds."""
     mode, by_block, unit, buckets = FORMS[form]
     torch.manual_seed(0)
     stage = Stage("launch", resolution=64, images=100, batch_size=1, learning_rate=1e-4, mask_ratio=0.75,
                   start="scratch")  # fmt: skip
-    recipe = Recipe("launch", PRESET(caption_channels=32), (stage,), compile=compiled)
+    recipe = Recipe("launch", PRESET(caption_channels=32), (stage,), compile=True)
     with mock.patch.multiple(parallel, UNIT=unit, BUCKETS=buckets):
         spread = parallel.Parallel(Options(), ALONE, recipe, device)
-        spread.mode, spread.by_block = cast(Any, mode), compiled and by_block
+        spread.mode, spread.by_block = cast(Any, mode), by_block
         network = spread.network(spread.shard(DiT(recipe.model).to(device)), stage)
     x, text, label = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 32), torch.randn(1)
     x, text, label, target, noise = (
@@ -74,7 +74,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29613")}
     device = pick_device("auto")
@@ -84,7 +83,7 @@ def main() -> None:
     result = {"machine": machine(device.type), "steps": args.steps, "forms": dict[str, Any]()}
     for form in args.forms:
         begun = time.monotonic()
-        step = step_of(form, device, args.compile)
+        step = step_of(form, device)
         step()
         first = round(time.monotonic() - begun, 1)
         times = [step() for _ in range(5 + args.steps)][5:]

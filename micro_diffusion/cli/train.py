@@ -207,8 +207,8 @@ def train_recipe(recipe: "Recipe", folders: Sequence[str], run: Path, *, device:
     source = stream(recipe, autoencoder, text_encoder, run=run, device=chosen) if stream else None
     streamed = {size: replace(source, resolution=size) for size in having} if source else None
     loaders: Mapping[int, Batches] = streamed or open_loaders(recipe, having, "train")
-    kind = bool(held_out)
-    captions = source.captions(SAMPLE_PROMPTS) if source else first_captions((held_out or stores)[0], held_out=kind)
+    unseen = bool(held_out)
+    captions = source.captions(SAMPLE_PROMPTS) if source else first_captions((held_out or stores)[0], held_out=unseen)
     if recipe.evaluate_every and not evaluate:
         raise UserError("evaluate_every does nothing without --evaluate: name a benchmark, or set it to 0.")
     hooks = [] if world.rank else make_hooks(parts, run, captions, price=price, wandb=wandb, evaluate=evaluate,
