@@ -211,9 +211,8 @@ def captions(path: Path) -> list[str]:
     raise UserError(f"{path} has no captions: give a text file, or a table with one of {', '.join(CAPTION_COLUMNS)}.")
 
 
-def during_training(
-    asked: str, make: "Callable[[DiT], LatentDiffusion]", folder: Path, *, device: "torch.device"
-) -> "Callable[[DiT], Mapping[str, float]]":
+def during_training(asked: str, make: "Callable[[DiT], LatentDiffusion]", folder: Path, *,
+                    device: "torch.device") -> "Callable[[DiT], Mapping[str, float]]":  # fmt: skip
     """What `train --evaluate NAME,PROMPTS` logs of the weights of the moment.
 
     Scores blank pictures first, so that a benchmark that lacks something is refused before training starts.

@@ -54,8 +54,7 @@ class Quickstart:
         if self.length <= 0:
             raise UserError("--length must be above 0.")
         recipe = replace(scaled(RECIPES["quickstart"](), self.length), autoencoder=self.autoencoder)
-        run, seconds, started = self.out / "run", dict[str, float](), time.monotonic()
-        store = self.out / "store"
+        run, store, seconds, started = self.out / "run", self.out / "store", dict[str, float](), time.monotonic()
         source = Prepare("emoji", store, subset="quickstart", autoencoder=self.autoencoder, device=self.device)
         source()
         seconds["prepare"] = time.monotonic() - started

@@ -133,9 +133,8 @@ def override(recipe: "Recipe", settings: Sequence[str]) -> "Recipe":
     return type(recipe).from_json(json.dumps(data))
 
 
-def fine_tuning(
-    recipe: "Recipe", name: str, *, run: Path, changes: Sequence[str]
-) -> "tuple[Recipe, Mapping[str, Tensor] | None]":
+def fine_tuning(recipe: "Recipe", name: str, *, run: Path,
+                changes: Sequence[str]) -> "tuple[Recipe, Mapping[str, Tensor] | None]":  # fmt: skip
     """The recipe with what a checkpoint decides, and the checkpoint's weights.
 
     Each stage's positions span the coordinates that the checkpoint was trained on. A run that has begun from `name`
@@ -157,8 +156,7 @@ def fine_tuning(
         kept = {"autoencoder", "text_encoder", "text_length"} - set_here.keys()  # what is set must still be the same
         taken = {key: getattr(before, key) for key in (*FROM_CHECKPOINT, *kept)}
     else:
-        parts = {key: set_here.get(key) for key in ("autoencoder", "text_encoder")}
-        dit, card = load_checkpoint(name, **parts)
+        dit, card = load_checkpoint(name, **{part: set_here.get(part) for part in ("autoencoder", "text_encoder")})
         weights, span = dit.state_dict(), card.resolution / card.dit.pos_interp_scale
         taken = {
             "model": replace(card.dit, pos_interp_scale=1.0), "text_length": card.text_length or recipe.text_length,

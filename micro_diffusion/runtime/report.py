@@ -169,9 +169,8 @@ def loss_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, marks: Marks 
                      log_y=True, marks=marks)  # fmt: skip
 
 
-def curve_svg(
-    series: Mapping[str, Points], *, title: str, x_label: str, y_label: str, log_y: bool = False, marks: Marks = ()
-) -> str:
+def curve_svg(series: Mapping[str, Points], *, title: str, x_label: str, y_label: str,
+              log_y: bool = False, marks: Marks = ()) -> str:  # fmt: skip
     """Lines over common axes as one SVG; `marks` are labelled upright lines such as the starts of stages.
 
     A line has at most `MAX_POINTS` points, each the mean of its neighbours, and a single one is drawn as a dot.

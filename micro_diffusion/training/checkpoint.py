@@ -104,8 +104,7 @@ def rewind(folder: Path, guard: Guard, trouble: Trouble) -> None:
     good = max(1, sum(int(path.name) <= trouble.start for path in saved))
     path = saved[good - 1]
     clock = json.loads((path / "state.json").read_text())
-    steps = [step for step in clock["guard"]["steps"] if step[1] is not None]
-    clock["guard"] = asdict(replace(guard, steps=steps))
+    clock["guard"] = asdict(replace(guard, steps=[step for step in clock["guard"]["steps"] if step[1] is not None]))
     write_atomic(path / "state.json", json.dumps(clock))
     for later in saved[good:]:
         _remove(later)
@@ -139,8 +138,7 @@ def load_newest(folder: Path, recipe: Recipe, first: First, *, world: World = AL
             damaged.append(path)
             continue
         for each in damaged if world.rank == 0 else []:
-            lost = int(each.name) - state.images
-            logger.error("%s is set aside; %s images more are trained again", each, f"{lost:,}")
+            logger.error("%s is set aside; %d images more are trained again", each, int(each.name) - state.images)
             each.rename(each.with_name(f"damaged-{each.name}"))
         logger.info("going on from %s", path)
         return state

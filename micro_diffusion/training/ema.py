@@ -11,6 +11,7 @@ from jaxtyping import Float64
 from micro_diffusion.models.checkpoints import build, read_checkpoint, write_folder
 from micro_diffusion.models.dit import DiT, rebuilt
 from micro_diffusion.training.config import Recipe, Stage, require
+from micro_diffusion.training.optim import local
 
 
 class Ema:
@@ -40,7 +41,7 @@ def follow(ema: Ema | None, dit: DiT, stage: Stage, *, images: int) -> Ema | Non
     for index, twin in enumerate(ema.dits):
         power = (1 - size / time) ** (exponent(widths[index]) + 1) if widths else 0.0
         weight = 1 - (power if widths else 0.5 ** (size / stage.ema_halflife_images))
-        torch._foreach_lerp_(list(twin.parameters()), list(dit.parameters()), weight)
+        torch._foreach_lerp_([*map(local, twin.parameters())], [*map(local, dit.parameters())], weight)
     return ema
 
 

@@ -186,9 +186,8 @@ class WandB(Hook):
 class Samples(Hook):
     """Draws a picture with `draw` every `every` images and at the end of each stage, as samples/000001024.png."""
 
-    def __init__(
-        self, draw: Callable[[DiT], Image.Image], folder: Path, *, every: int, boards: Sequence[Hook] = ()
-    ) -> None:
+    def __init__(self, draw: Callable[[DiT], Image.Image], folder: Path, *, every: int,
+                 boards: Sequence[Hook] = ()) -> None:  # fmt: skip
         self.draw, self.folder, self.every, self.boards = draw, folder, every, boards
 
     @torch.no_grad()

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.optim import AdamW
+from torch.optim.adamw import adamw
 
 from micro_diffusion.models.dit import Block
 from micro_diffusion.models.layers import CrossAttention, SelfAttention, SwiGLU
@@ -54,8 +55,8 @@ def orthogonalise(matrices: Float[Tensor, "k n m"], *, dtype: torch.dtype) -> Fl
 def make_optimizer(dit: nn.Module, recipe: Recipe) -> AdamW:
     """The recipe's optimizer for all parameters of the model, plain or sharded by FSDP2.
 
-    All moments exist from the start, so that a checkpoint can be loaded into them in place. It is a fused AdamW; the
-    groups that have `sides` hold matrices of one shape, some of them turned, and belong to `muon`.
+    All moments exist from the start, so that a checkpoint can be loaded into them in place. `guarded_step` takes the
+    steps: AdamW's, and `muon`'s of groups that have `sides`, matrices of one shape, some of them turned.
     """
     sides: dict[nn.Parameter, tuple[int, ...]] = dict.fromkeys(dit.parameters(), ())
     scales = dict.fromkeys(dit.parameters(), 1.0)
@@ -70,10 +71,7 @@ def make_optimizer(dit: nn.Module, recipe: Recipe) -> AdamW:
     for parameter, shape in sides.items():
         group = {"params": [], "sides": shape, "lr_scale": scales[parameter], "momentum": recipe.muon_momentum}
         groups.setdefault((shape, scales[parameter]), group)["params"].append(parameter)
-    optimizer = AdamW(
-        list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay,
-        fused=True, capturable=True,  # a step may be part of a CUDA graph; costs a fused one nothing
-    )  # fmt: skip
+    optimizer = AdamW(list(groups.values()), betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay)
     for parameter, shape in sides.items():
         moments = ("momentum",) if shape else ("exp_avg", "exp_avg_sq")
         optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in moments}
@@ -89,11 +87,9 @@ def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""],
     As long as a step of AdamW (arXiv 2502.16982). Nothing moves where `taken` is false. Of a sharded matrix every rank
     gathers all and moves its own part, so that the number of ranks does not matter.
     """
-    held = [parameter for parameter in group["params"] if parameter.grad is not None]
-    if not held:
-        return
-    buffers = [_local(optimizer.state[parameter]["momentum"]) for parameter in held]
-    ahead = torch._foreach_div([_local(parameter.grad) for parameter in held], divisor)
+    held = group["params"]
+    buffers = [local(optimizer.state[parameter]["momentum"]) for parameter in held]
+    ahead = torch._foreach_div([local(parameter.grad) for parameter in held], divisor)
     for each in ahead:
         each.masked_fill_(~taken, 0.0)
     torch._foreach_mul_(buffers, torch.where(taken, group["momentum"], 1.0))
@@ -106,10 +102,12 @@ def muon(optimizer: AdamW, group: dict[str, Any], *, divisor: Float[Tensor, ""],
     found = orthogonalise(torch.cat(flat), dtype=dtype).split([len(stack) for stack in stacks])
     moves = []
     for parameter, stack, direction in zip(held, stacks, found, strict=True):
-        turned = direction.mT if direction.shape != stack.shape else direction
-        moves.append(_own_part(turned.reshape(parameter.shape), parameter).to(parameter.dtype))
+        move: Tensor = (direction.mT if direction.shape != stack.shape else direction).reshape(parameter.shape)
+        if isinstance(parameter, DTensor):
+            move = distribute_tensor(move, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        moves.append(local(move).to(parameter.dtype))
         parameter.grad = None
-    own = [_local(parameter) for parameter in held]
+    own = [local(parameter) for parameter in held]
     torch._foreach_mul_(moves, taken * (group["lr"] * 0.2 * max(group["sides"]) ** 0.5))
     torch._foreach_mul_(own, 1 - taken * (group["lr"] * group["weight_decay"]))
     torch._foreach_sub_(own, moves)
@@ -122,28 +120,42 @@ class Step(NamedTuple):
     taken: Bool[Tensor, ""]
 
 
+@torch.no_grad()
 def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float | Float[Tensor, ""], clip_norm: float) -> Step:
     """Clip by the global norm and step, or leave weights and moments alone where loss or gradient is not finite.
 
     The host never waits: fused AdamW divides by `grad_scale` and obeys `found_inf` inside its kernel, the way that
-    `torch.amp.GradScaler` drives it. The gradients are freed. `loss` is the whole batch's, the same on every rank.
+    `torch.amp.GradScaler` drives it. Shards are moved as plain tensors, which spares the host DTensor's dispatch. The
+    gradients are freed. `loss` is the whole batch's, the same on every rank.
     """
-    norm = total_norm([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
-    taken = torch.isfinite(norm) & torch.isfinite(loss)
-    optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
-    optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
-    for group in optimizer.param_groups:
+    held = [[p for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+    norm = total_norm([p.grad for some in held for p in some])
+    taken, divisor = torch.isfinite(norm) & torch.isfinite(loss), (norm / clip_norm).clamp(min=1.0)
+    for group, some in zip(optimizer.param_groups, held, strict=True):
         group["lr"] = lr * group["lr_scale"]
-        if group["sides"]:
-            muon(optimizer, group, divisor=optimizer.grad_scale, taken=taken)  # type: ignore[attr-defined]
-    optimizer.step()
+        if group["sides"] and some:
+            muon(optimizer, group | {"params": some}, divisor=divisor, taken=taken)
+            continue
+        states = [optimizer.state[p] for p in some]
+        first, second = ([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
+        # a step may be part of a CUDA graph: capturable, which costs a fused one nothing
+        adamw(
+            [*map(local, some)], [local(p.grad) for p in some], first, second, [], [state["step"] for state in states],
+            grad_scale=divisor, found_inf=(~taken).float(), beta1=group["betas"][0], beta2=group["betas"][1],
+            **{name: group[name] for name in ("lr", "weight_decay", "eps")}, amsgrad=False, maximize=False,
+            fused=True, capturable=True,
+        )  # fmt: skip
     optimizer.zero_grad(set_to_none=True)
     return Step(norm, taken)
 
 
 def total_norm(tensors: Sequence[Tensor]) -> Float[Tensor, ""]:
     """Norm of all numbers together, over all shards."""
-    return whole(nn.utils.get_total_norm(tensors))
+    norm, first = nn.utils.get_total_norm([*map(local, tensors)]), tensors[0]
+    if isinstance(first, DTensor):
+        parts = [Partial() if each.is_shard() else each for each in first.placements]
+        return whole(DTensor.from_local(norm.square(), first.device_mesh, parts)).sqrt()
+    return norm
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -151,7 +163,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -160,9 +172,3 @@ def _gather(part: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         part = DTensor.from_local(part, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
     return whole(part)
-
-
-def _own_part(full: Tensor, like: Tensor) -> Tensor:
-    if isinstance(like, DTensor):
-        full = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return _local(full)

@@ -108,7 +108,8 @@ class Parallel:
         """Micro-batches of `size` images; gradients cross the ranks in the backward pass of the last one only."""
         parts = list(batch.split(size))
         for index, part in enumerate(parts):
-            self._synchronise(network, index + 1 == len(parts))
+            if index in (0, len(parts) - 1):  # it is slow: FSDP walks through all modules
+                self._synchronise(network, index + 1 == len(parts))
             yield part
         if isinstance(network, FSDPModule):
             network.set_reshard_after_forward(True)  # where no backward pass follows
