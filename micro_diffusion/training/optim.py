@@ -139,12 +139,10 @@ def guarded_step(optimizer: AdamW, loss: Float[Tensor, ""], *, lr: float | Float
         states = [optimizer.state[p] for p in some]
         first, second = ([local(state[name]) for state in states] for name in ("exp_avg", "exp_avg_sq"))
         # a step may be part of a CUDA graph: capturable, which costs a fused one nothing
-        adamw(
-            [*map(local, some)], [local(p.grad) for p in some], first, second, [], [state["step"] for state in states],
-            grad_scale=divisor, found_inf=(~taken).float(), beta1=group["betas"][0], beta2=group["betas"][1],
-            **{name: group[name] for name in ("lr", "weight_decay", "eps")}, amsgrad=False, maximize=False,
-            fused=True, capturable=True,
-        )  # fmt: skip
+        adamw([*map(local, some)], [local(p.grad) for p in some], first, second, [], [s["step"] for s in states],
+              lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], beta1=group["betas"][0],
+              beta2=group["betas"][1], grad_scale=divisor, found_inf=(~taken).float(), amsgrad=False, maximize=False,
+              fused=True, capturable=True)  # fmt: skip
     optimizer.zero_grad(set_to_none=True)
     return Step(norm, taken)
 

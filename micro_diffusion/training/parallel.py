@@ -90,14 +90,15 @@ class Parallel:
     def network(self, dit: DiT, stage: Stage) -> DiT:
         """What a stage calls in place of the prepared model; the parameters are the model's own.
 
-        For DDP the compiler cuts the model where a bucket of gradients is full: its all-reduce then begins while
-        the backward pass goes on.
+        Where a step of DDP is one micro-batch, the compiler cuts the model where a bucket of gradients is full: its
+        all-reduce then begins while the backward pass goes on. For several the cuts cost the host more than that gains.
         """
         if self.compile:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
-            torch._dynamo.config.optimize_ddp = not self.by_block  # it would cut blocks, too
+            cut = not self.by_block and self.micro_batch(stage) * self.world.size == stage.batch_size
+            torch._dynamo.config.optimize_ddp = cut
         network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
         if self.mode == "ddp":
             size = max(1.0, sum(each.nbytes for each in dit.parameters()) / 2**20 / BUCKETS)
