@@ -28,7 +28,6 @@ from micro_diffusion.runtime.hardware import gpu_of
 from micro_diffusion.training import loop, parallel
 from micro_diffusion.training.checkpoint import Saver
 from micro_diffusion.training.config import Recipe, Stage
-from micro_diffusion.training.optim import Step, guarded_step
 from micro_diffusion.training.options import Options
 from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import State
@@ -54,7 +53,7 @@ class Save:
 
 @dataclass
 class Seen:
-    """What is seen of a run of the loop; its `step`, `saver` and `parallel` take the place of the loop's own."""
+    """What is seen of a run of the loop; its `saver` and `parallel` take the place of the loop's own."""
 
     world: World
     gpu: bool
@@ -71,20 +70,24 @@ class Seen:
     host: list[float] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
 
-    def step(self, *args: Any, **settings: Any) -> Step:
-        """The loop's, and the time at which it ends."""
-        if not self.ends:
+    def captured(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """A step of the loop, and the time at which it ends."""
+
+        def step(*inputs: Any) -> Any:
+            if not self.ends:
+                self.note()
+            taken = work(*inputs)
             self.note()
-        taken = guarded_step(*args, **settings)
-        self.note()
-        steps = len(self.ends) - 1
-        if steps == 1:
-            if self.gpu:
-                torch.cuda.synchronize()
-            self.first = time.perf_counter() - self.ready
-        if steps % 2 == 0 and not self.world.agree(not self.enough(steps)):
-            raise Done
-        return taken
+            steps = len(self.ends) - 1
+            if steps == 1:
+                if self.gpu:
+                    torch.cuda.synchronize()
+                self.first = time.perf_counter() - self.ready
+            if steps % 2 == 0 and not self.world.agree(not self.enough(steps)):
+                raise Done
+            return taken
+
+        return step
 
     def note(self) -> None:
         self.host.append(time.perf_counter())
@@ -153,6 +156,9 @@ class _Parallel(Parallel):
         if seen.warm and seen.mode != "single":  # one rank that does as several would
             self.mode, self.by_block = cast(Any, seen.mode), self.compile and seen.mode != "ddp"
 
+    def captured(self, work: Any) -> Any:
+        return self.seen.captured(super().captured(work))
+
     def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
         with mock.patch.object(parallel, "BUCKETS", self.seen.buckets):
@@ -209,12 +215,13 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
         write_row(case, args, row | found | more)
 
     mode = "auto" if case.mode == "single" else case.mode
-    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout)  # type: ignore[arg-type]
+    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout,  # type: ignore[arg-type]
+                      cuda_graph=args.cuda_graph)  # fmt: skip
     seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, tell)
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
     run = scratch / f"run-{case.file}"
-    watched = mock.patch.multiple(loop, guarded_step=seen.step, Saver=seen.saver, Parallel=seen.parallel)
+    watched = mock.patch.multiple(loop, Saver=seen.saver, Parallel=seen.parallel)
     with contextlib.suppress(Done), watched:
         loop.train(recipe, run=run, loaders={recipe.stages[0].resolution: loader}, downscale=DOWNSCALE,
                    device=device, release=lambda folder, state: None, options=options, world=world)  # fmt: skip
