@@ -191,7 +191,7 @@ def main() -> None:
     args.gpu = count > 0
     args.gpus = (visible.split(",") if visible else list(map(str, range(count)))) if count else ["cpu"] * 8
     args.ranks = args.ranks or [ranks for ranks in (1, 2, 4, 8) if ranks <= count] or [1, 2]
-    if not args.case and max(args.ranks) > len(args.gpus):
+    if not (args.case or args.only_warm) and max(args.ranks) > len(args.gpus):
         parser.error(f"there are {len(args.gpus)} GPUs")
     args.preset = args.preset or ("MicroDiT_XL_2" if args.gpu else "MicroDiT_Nano_4")
     args.batch = args.batch or (256 if args.gpu else 8)
