@@ -170,7 +170,6 @@ def main() -> None:
     parser.add_argument("--price", type=float, help="dollars for an hour of a GPU; default: typical of it")
     parser.add_argument("--rows", type=int, default=4096, help="of the store")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
-    parser.add_argument("--cuda-graph", action="store_true", help="the step as one CUDA graph, as train has it")
     parser.add_argument("--warm", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--warm-at-once", type=int, default=1, help="processes on a GPU while they compile")
     parser.add_argument("--only-warm", action="store_true", help="compile, and measure nothing yet")

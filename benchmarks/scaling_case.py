@@ -215,8 +215,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
         write_row(case, args, row | found | more)
 
     mode = "auto" if case.mode == "single" else case.mode
-    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout,  # type: ignore[arg-type]
-                      cuda_graph=args.cuda_graph)  # fmt: skip
+    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout)  # type: ignore[arg-type]
     seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, tell)
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
