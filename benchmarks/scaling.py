@@ -19,7 +19,8 @@ and the hits and misses of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.
-With --side-by-side, cases without checkpoints run at the same time on different GPUs of the machine.
+With --side-by-side, cases without checkpoints run at the same time on different GPUs of the machine. With --cuda-graph
+steps up to the capture are not counted.
 
 `whole_run` has hours and dollars of paper-37m by number of GPUs and mode, where all its stages were measured, beside
 what the planner says (`micro-diffusion plan paper-37m --count N`). Its batches of 2,048 images are 256 a GPU on eight;
@@ -182,6 +183,7 @@ def main() -> None:
     parser.add_argument(
         "--scratch", default="/tmp/scaling-benchmark", help="store, rows and checkpoints; the store stays"
     )
+    parser.add_argument("--cuda-graph", action="store_true", help="each step is replayed as one CUDA graph")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--warming", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -35,6 +35,7 @@ from micro_diffusion.training.stages import State
 TEXT_LENGTH, TEXT_WIDTH, DOWNSCALE = 77, 1024, 8
 ROW_STEPS = 6  # steps between two rows of the log
 LENGTH = 20_000  # steps of a stage, which none sees the end of
+CAPTURED = 14  # steps after which a CUDA graph is replayed, whatever the mode
 
 
 class Done(Exception):
@@ -62,6 +63,7 @@ class Seen:
     warm: bool
     mode: str
     buckets: int
+    lead: int
     tell: Callable[["Seen"], None]
     begun: float = field(default_factory=time.perf_counter)
     ready: float = 0.0
@@ -100,12 +102,12 @@ class Seen:
     def enough(self, steps: int) -> bool:
         if self.warm:
             return True
-        if steps < 2 * ROW_STEPS + 2:
+        if steps < self.lead + ROW_STEPS + 2:
             return False
         if self.checkpoints:
             written = self.saves[self.checkpoints - 1].written if len(self.saves) >= self.checkpoints else None
             return written is not None and self.host[-3] > written
-        return self.host[-1] - self.host[ROW_STEPS + 1] > self.window
+        return self.host[-1] - self.host[self.lead + 1] > self.window
 
     def seconds(self) -> list[float]:
         """Of each step; the device is through with all."""
@@ -156,8 +158,8 @@ class _Parallel(Parallel):
         if seen.warm and seen.mode != "single":  # one rank that does as several would
             self.mode, self.by_block = cast(Any, seen.mode), self.compile and seen.mode != "ddp"
 
-    def captured(self, work: Any) -> Any:
-        return self.seen.captured(super().captured(work))
+    def captured(self, network: Any, work: Any) -> Any:
+        return self.seen.captured(super().captured(network, work))
 
     def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
@@ -202,7 +204,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     def tell(seen: Seen, **more: Any) -> None:
         if world.rank or seen.warm:
             return
-        found = analysed(seen.seconds(), every=ROW_STEPS, saves=seen.spans())
+        found = analysed(seen.seconds(), every=ROW_STEPS, lead=lead, saves=seen.spans())
         row = {
             "images_per_second": batch / float(found["step_seconds"]),  # type: ignore[arg-type]
             "micro_batch": size,
@@ -211,12 +213,16 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             "steps": len(seen.ends) - 1,
             "cache": cache(),
             **({"buckets": args.buckets} if case.mode == "ddp" else {}),
+            **({"cuda_graph": True} if args.cuda_graph else {}),
         }
         write_row(case, args, row | found | more)
 
     mode = "auto" if case.mode == "single" else case.mode
-    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout)  # type: ignore[arg-type]
-    seen = Seen(world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, tell)
+    options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout, cuda_graph=args.cuda_graph)  # type: ignore[arg-type]
+    lead = CAPTURED if args.cuda_graph else ROW_STEPS
+    seen = Seen(
+        world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, lead, tell
+    )
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
     run = scratch / f"run-{case.file}"
@@ -230,7 +236,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     more: dict[str, Any] = {"peak_gb": [round(peak / 1e9, 2) for peak in peaks]}
     if seen.saves:
         folder, last = run / "checkpoints", seen.saves[1]
-        found = analysed(seen.seconds(), every=ROW_STEPS, saves=seen.spans())
+        found = analysed(seen.seconds(), every=ROW_STEPS, lead=lead, saves=seen.spans())
         cost = found["lost_seconds"][1]  # type: ignore[index]
         assert last.written is not None
         more |= {

@@ -75,16 +75,17 @@ def rounds(cases: Sequence[Case], gpus: int, *, alone: Callable[[Case], bool]) -
 
 
 def analysed(
-    seconds: Sequence[float], *, every: int, saves: Sequence[tuple[int, int, float]] = ()
+    seconds: Sequence[float], *, every: int, lead: int = 0, saves: Sequence[tuple[int, int, float]] = ()
 ) -> dict[str, float | list[float]]:
     """Mean seconds of a plain step, and what a row of the log and each checkpoint take beside.
 
     `seconds[k]` lies between the ends of step k and of the next, counted from 1 (`seconds[0]` ends with the first).
     Rows follow steps that `every` divides. A save is (step after which it began, last step that it held up, seconds
-    that it waited for the one before). Steps up to the first row, and the one after it, are not counted.
+    that it waited for the one before). Steps up to the first row, or the first `lead`, and the one after are not
+    counted.
     """
     saving = {step for start, last, _ in saves for step in range(start, last)}
-    steps = range(every + 1, len(seconds))
+    steps = range(max(every, lead) + 1, len(seconds))
     plain = [seconds[step] for step in steps if step % every and step not in saving]
     rows = [seconds[step] for step in steps if step % every == 0 and step not in saving]
     mean = statistics.mean(plain)

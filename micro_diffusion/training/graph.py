@@ -1,6 +1,7 @@
 """A whole training step as one CUDA graph: the host starts it, and launches no kernel itself."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -10,31 +11,44 @@ T = TypeVar("T")
 EAGER = 3  # calls before the capture, which needs what they leave: compiled kernels, workspaces, no gradient
 
 
+@contextlib.contextmanager
+def beside(side: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on another stream, if one is given, in order with the work of this one."""
+    if side is None:
+        yield
+        return
+    current = torch.cuda.current_stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        yield
+    current.wait_stream(side)
+
+
 class Graphed(Generic[T]):
-    """`work`, from its fourth call on replayed as a CUDA graph.
+    """`work`, after `eager` calls replayed as a CUDA graph.
 
     It takes tensors, which are copied to where the graph reads them, must not wait for the device, and what it returns
-    holds until the next call. `draws` are the generators that it draws from.
+    holds until the next call. `draws` are the generators that it draws from. All calls before the capture are on the
+    stream `side`, as the capture is.
     """
 
-    def __init__(self, work: Callable[..., T], draws: Sequence[torch.Generator] = ()) -> None:
-        # one stream for all calls before the capture: memory is kept by stream
-        self.work, self.draws, self.calls, self.side = work, draws, 0, torch.cuda.Stream()
+    def __init__(
+        self, work: Callable[..., T], draws: Sequence[torch.Generator] = (), *, eager: int = EAGER,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:  # fmt: skip
+        self.work, self.draws, self.calls, self.eager, self.side = work, draws, 0, eager, side or torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> T:
         self.calls += 1
-        if self.calls <= EAGER:
-            current = torch.cuda.current_stream()
-            self.side.wait_stream(current)
-            with torch.cuda.stream(self.side):  # as a capture has a stream of its own
-                found = self.work(*inputs)
-            current.wait_stream(self.side)
-            return found
-        if self.calls == EAGER + 1:
+        if self.calls <= self.eager:
+            with beside(self.side):
+                return self.work(*inputs)
+        if self.calls == self.eager + 1:
             self.graph, self.inputs = torch.cuda.CUDAGraph(), [each.clone() for each in inputs]
             for generator in self.draws:
                 self.graph.register_generator_state(generator)
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # others load and save meanwhile
+            # others load and save meanwhile
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
                 self.found = self.work(*self.inputs)
             del self.work  # nothing of it is needed any more, and what it holds may hold this
         for held, given in zip(self.inputs, inputs, strict=True):

@@ -91,7 +91,7 @@ def train(
                         backward = functools.partial(add_gradient, network, objective, recipe, mask_ratio, share)
                         micro_batch = micro_batch or parallel.fit(network, batch, stage, backward)
                         step_of = functools.partial(whole_step, parallel, network, state, stage, backward, micro_batch)
-                        work, work_ratio = parallel.captured(step_of), mask_ratio
+                        work, work_ratio = parallel.captured(network, step_of), mask_ratio
 
                     # loss, backward, guard, clip, step
                     losses, loss, step = work(batch, rate)

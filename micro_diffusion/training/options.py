@@ -18,8 +18,8 @@ class Options:
     activation_checkpointing: bool = False
     """Compute each block again in the backward pass: less memory, about a third more work."""
     cuda_graph: bool = False
-    """One CUDA GPU: replay the whole step as one CUDA graph, which spares the host its launches; small models wait for
-    nothing else."""
+    """CUDA: replay the whole step as one CUDA graph, communication included, which spares the host its launches; small
+    models, and sharded ones, wait for nothing else."""
     micro_batch: int | Literal["auto"] | None = None
     """Images of one forward pass of a rank, in place of the recipe's; auto halves on out-of-memory, and is what CUDA
     does where the recipe says nothing."""

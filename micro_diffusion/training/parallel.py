@@ -23,7 +23,7 @@ from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.feed import Examples
-from micro_diffusion.training.graph import Graphed
+from micro_diffusion.training.graph import EAGER, Graphed, beside
 from micro_diffusion.training.options import Options
 
 T = TypeVar("T")
@@ -39,8 +39,9 @@ class Parallel:
     def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
         self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
         self.mode = "single" if world.size == 1 else "ddp" if options.parallel == "auto" else options.parallel
-        if options.cuda_graph and (self.mode != "single" or device.type != "cuda"):
-            raise UserError("--cuda-graph is for one CUDA GPU")
+        if options.cuda_graph and device.type != "cuda":
+            raise UserError("--cuda-graph is for CUDA GPUs")
+        self.side = torch.cuda.Stream() if options.cuda_graph else None
         self.by_block = recipe.compile and (self.mode in ("fsdp", "hybrid") or options.activation_checkpointing)
         for stage in recipe.stages:
             self.micro_batch(stage)
@@ -97,12 +98,16 @@ class Parallel:
             torch.compiler.reset()  # graphs of the stage before
             torch._dynamo.config.recompile_limit = 64  # blocks share their code and differ in width
             torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than run uncompiled, unnoticed
-            cut = not self.by_block and self.micro_batch(stage) * self.world.size == stage.batch_size
-            torch._dynamo.config.optimize_ddp = cut
+            one = self.micro_batch(stage) * self.world.size == stage.batch_size
+            torch._dynamo.config.optimize_ddp = not self.by_block and (one or self.options.cuda_graph)
         network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
         if self.mode == "ddp":
             size = max(1.0, sum(each.nbytes for each in dit.parameters()) / 2**20 / BUCKETS)
-            return cast(DiT, DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=size))
+            with beside(self.side):  # its hooks launch where they were made
+                ddp = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=size)
+            if self.options.cuda_graph:
+                ddp._set_ddp_runtime_logging_sample_rate(2**30)  # it times steps, which a graph cannot
+            return cast(DiT, ddp)
         return network
 
     def split(self, network: DiT, batch: Examples, size: int) -> Iterator[Examples]:
@@ -115,11 +120,21 @@ class Parallel:
         if isinstance(network, FSDPModule):
             network.set_reshard_after_forward(True)  # where no backward pass follows
 
-    def captured(self, work: Callable[[Examples, float | Tensor], T]) -> Callable[[Examples, float], T]:
+    def captured(self, network: DiT, work: Callable[[Examples, float | Tensor], T]) -> Callable[[Examples, float], T]:
         """A step of a batch at a learning rate; as a CUDA graph if that was asked for."""
         if not self.options.cuda_graph:
             return work
-        graph = Graphed(lambda rate, *columns: work(Examples(*columns), rate))
+
+        def joined(rate: Tensor, *columns: Tensor) -> T:
+            found = work(Examples(*columns), rate)
+            if isinstance(network, FSDPModule):  # its streams wait for the last weights, and a capture for its streams
+                gather = network._get_fsdp_state()._comm_ctx
+                for stream in (gather.all_gather_copy_in_stream, gather.all_gather_stream):
+                    torch.cuda.current_stream().wait_stream(stream)
+            return found
+
+        # DDP arranges its buckets in the first step, and times the first ten
+        graph = Graphed(joined, eager=12 if self.mode == "ddp" else EAGER, side=self.side)
         return lambda batch, rate: graph(torch.full((), rate, device=self.device), *batch)
 
     def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:

@@ -1,8 +1,9 @@
 """Training runs in processes of their own, alone or with others under torchrun, for the tests beside this file.
 
 `python ranks.py FOLDER '{"parallel": "fsdp", ...}'` trains the tiny recipe on random rows; settings that are no option:
-`micro` for its micro-batch, `dim` for the model's width, `kill` for when and where to be killed, `compile` for a
-backend of torch.compile (`graphs.txt` then has how many graphs it was given).
+`micro` for its micro-batch, `dim` for the model's width, `kill` for when and where to be killed, `steps` of a stage,
+`device`, and `compile` for a backend of torch.compile. `graphs.txt` has how many graphs that was given, or how many
+CUDA graphs were captured.
 """
 
 import json
@@ -100,9 +101,9 @@ def recipe(settings: dict[str, Any]) -> Recipe:
         qkv_multipliers=(0.5, 1.0), ffn_multipliers=(0.5, 4.0),
     )  # fmt: skip
     first = Stage(
-        name="64 px masked", resolution=64, images=BATCH * 10, batch_size=BATCH, learning_rate=1e-3, warmup_images=32,
-        mask_ratio=0.5, start="scratch", ema_halflife_images=32, ema_start_images=8,
-        micro_batch=settings.get("micro", 0),
+        name="64 px masked", resolution=64, images=BATCH * settings.get("steps", 10), batch_size=BATCH,
+        learning_rate=1e-3, warmup_images=32, mask_ratio=0.5, start="scratch", ema_halflife_images=32,
+        ema_start_images=8, micro_batch=settings.get("micro", 0),
     )  # fmt: skip
     second = replace(first, name="128 px", resolution=128, pos_interp_scale=2.0, start="weights", mask_ratio=0.0)
     stages = (first, second)[: settings.get("stages", 2)]
@@ -132,14 +133,22 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
 
     if "compile" in settings:
         torch.compile = partial(torch.compile, backend=counted)
+    capture, device = torch.cuda.graph, settings.get("device", "cpu")
+
+    def captured(*args: Any, **settings: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return capture(*args, **settings)
+
+    torch.cuda.graph = captured  # type: ignore[assignment,misc]
     options = Options(**{name: settings[name] for name in settings.keys() & Options.__dataclass_fields__.keys()})
     try:
-        with join("cpu", timeout=options.timeout) as world:
+        with join(device, timeout=options.timeout) as world:
             die_while_saving(settings, world)
             loaders = {size: RandomRows(size // 8, folder, settings, world) for size in (64, 128)}
             train(
-                recipe(settings), run=folder, loaders=loaders, downscale=8, device=torch.device("cpu"), release=release,
-                options=options, world=world,
+                recipe(settings), run=folder, loaders=loaders, downscale=8, device=torch.device(device),
+                release=release, options=options, world=world,
             )  # fmt: skip
             if world.rank == 0:
                 (folder / "graphs.txt").write_text(str(graphs))
