@@ -23,8 +23,8 @@ With --side-by-side, cases without checkpoints run at the same time on different
 steps up to the capture are not counted.
 
 `whole_run` has hours and dollars of paper-37m by number of GPUs and mode, where all its stages were measured, beside
-what the planner says (`micro-diffusion plan paper-37m --count N`). Its batches of 2,048 images are 256 a GPU on eight;
-on fewer GPUs they are more, and communication then costs less than was measured.
+what the planner says (`micro-diffusion plan paper-37m --count N`) for steps of as many images. The recipe's batches of
+2,048 images are 256 a GPU on eight; on fewer GPUs they are more, and communication then costs less than was measured.
 """
 
 import argparse

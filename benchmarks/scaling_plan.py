@@ -121,9 +121,12 @@ def bill(hours: Mapping[str, float], gpus: int, price: float | None) -> dict[str
     }
 
 
-def whole_runs(rows: Mapping[str, Mapping[str, Any]], gpu: Gpu | None, price: float | None) -> list[dict[str, Any]]:
+def whole_runs(
+    rows: Mapping[str, Mapping[str, Any]], gpu: Gpu | None, price: float | None, share: int = 0
+) -> list[dict[str, Any]]:
     """The paper's run by number of GPUs and mode, where all stages were measured, beside the planner's forecast.
 
+    That is for steps of `share` images on each GPU, as they were measured; of the recipe's batches if it is 0.
     A stage without checkpoints of its own takes the cost of another's in that mode, or else the largest that is known.
     """
     recipe, found = paper_37m(), list[dict[str, Any]]()
@@ -143,7 +146,8 @@ def whole_runs(rows: Mapping[str, Mapping[str, Any]], gpu: Gpu | None, price: fl
         run = {"gpus": ranks, "mode": mode, "price": price} | bill(hours, ranks, price)
         if gpu:
             planned = Machine(gpu, ranks, ranks if mode == "fsdp" else max(1, ranks // 2) if mode == "hybrid" else 1)
-            expected = [planned.seconds(work) / 3600 for work in works_of(recipe)]
+            works = [work._replace(batch_size=share * ranks or work.batch_size) for work in works_of(recipe)]
+            expected = [planned.seconds(work) / 3600 for work in works]
             run["planner"] = bill(dict(zip(PAPER, expected, strict=True)), ranks, price)
         found.append(run)
     return found
@@ -159,4 +163,4 @@ def completed(result: dict[str, Any], price: float | None) -> dict[str, Any]:
             row["efficiency_against_single"] = round(row["images_per_second"] / case.ranks / alone, 4)
     name = result.get("machine", {}).get("device", "").removeprefix("NVIDIA ")
     gpu = next((gpu for gpu in GPUS.values() if name in gpu.names), None)
-    return result | {"whole_run": whole_runs(rows, gpu, price)}
+    return result | {"whole_run": whole_runs(rows, gpu, price, result.get("images_a_gpu", 0))}

@@ -31,7 +31,7 @@ trap 'again=yes' TERM                                          # preempted: Slur
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$head:29500" --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
-    -m -- micro_diffusion train "$recipe" --run "$run" "${stores[@]}" --parallel hybrid --deadline 90 &
+    -m -- micro_diffusion train "$recipe" --run "$run" "${stores[@]}" --deadline 90 &
 step=$! code=0
 wait "$step" || code=$?
 while kill -0 "$step" 2>/dev/null; do # a trapped signal ends `wait` before the step has ended

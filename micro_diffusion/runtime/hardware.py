@@ -11,7 +11,7 @@ class Gpu(NamedTuple):
     Peaks are dense (no sparsity), in TFLOP/s: `half` of bf16 with float32 sums, or of float16 where there is no bf16;
     `single` of float32 as this package runs it, in TF32 where there is that. `price` is in dollars an hour, on demand:
     typical of specialised clouds in spring 2026 and rounded; offers vary widely. `bandwidth`: of its
-    memory, in GB/s.
+    memory, in GB/s. `nvlink`: to the others of its host, in one direction, in GB/s; 0 where it is not known.
     """
 
     names: tuple[str, ...]
@@ -20,6 +20,7 @@ class Gpu(NamedTuple):
     memory_gb: int
     price: float
     bandwidth: float
+    nvlink: float = 0
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s at "bf16" or "float32"."""
@@ -27,11 +28,11 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    "h100": Gpu(("H100 80GB HBM3",), 989.4, 494.7, 80, 2.90, 3350),
+    "h100": Gpu(("H100 80GB HBM3",), 989.4, 494.7, 80, 2.90, 3350, 450),
     "h100-pcie": Gpu(("H100 PCIe",), 756.5, 378.2, 80, 2.40, 2000),
     "h100-nvl": Gpu(("H100 NVL",), 835.5, 417.7, 94, 2.70, 3938),
-    "h200": Gpu(("H200",), 989.4, 494.7, 141, 3.60, 4800),
-    "b200": Gpu(("B200",), 2250, 1125, 180, 6.00, 8000),
+    "h200": Gpu(("H200",), 989.4, 494.7, 141, 3.60, 4800, 450),
+    "b200": Gpu(("B200",), 2250, 1125, 180, 6.00, 8000, 900),
     "a100-40gb": Gpu(("A100-SXM4-40GB", "A100-PCIE-40GB"), 312, 156, 40, 1.20, 1555),
     "a100-80gb": Gpu(("A100-SXM4-80GB", "A100 80GB PCIe"), 312, 156, 80, 1.40, 1935),
     "a6000": Gpu(("RTX A6000",), 154.8, 77.4, 48, 0.50, 768),

@@ -127,6 +127,7 @@ def train(
                     if signalled:
                         saver.wait()
                         raise Interrupted(signalled)
+            work = None  # the memory of a graph goes before another state comes
             if trouble:
                 after = state.guard.after(trouble, limit=recipe.guard_rollbacks)
                 saver.wait()

@@ -39,8 +39,8 @@ class Parallel:
     def __init__(self, options: Options, world: World, recipe: Recipe, device: torch.device) -> None:
         self.options, self.world, self.device, self.compile = options, world, device, recipe.compile
         self.mode = "single" if world.size == 1 else "ddp" if options.parallel == "auto" else options.parallel
-        if options.cuda_graph and device.type != "cuda":
-            raise UserError("--cuda-graph is for CUDA GPUs")
+        if options.cuda_graph and (device.type != "cuda" or recipe.text_length is None):
+            raise UserError("--cuda-graph is for CUDA GPUs, and for batches of one shape: set text_length")
         self.side = torch.cuda.Stream() if options.cuda_graph else None
         self.by_block = recipe.compile and (self.mode in ("fsdp", "hybrid") or options.activation_checkpointing)
         for stage in recipe.stages:

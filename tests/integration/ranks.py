@@ -109,7 +109,8 @@ def recipe(settings: dict[str, Any]) -> Recipe:
     stages = (first, second)[: settings.get("stages", 2)]
     return Recipe(
         name="ranks", model=model, stages=stages, log_every=BATCH, checkpoint_every=settings.get("every", 3 * BATCH),
-        sample_every=2 * BATCH, compile="compile" in settings, text_length=3 if "compile" in settings else None,
+        sample_every=2 * BATCH, compile="compile" in settings,
+        text_length=3 if settings.keys() & {"compile", "cuda_graph"} else None,
     )  # fmt: skip
 
 

@@ -57,6 +57,7 @@ def test_rows_of_the_log_and_checkpoints_are_told_from_plain_steps() -> None:
     assert found["row_seconds"] == pytest.approx(0.5)
     assert found["lost_seconds"] == pytest.approx([3 + 0.4 - 1])
     assert scaling.analysed(seconds[:9], every=3)["lost_seconds"] == []
+    assert scaling.analysed([9.0] * 5 + [1.0, 2.0, 1.0, 1.0], every=3, lead=4)["step_seconds"] == 1.0
 
 
 def rows(speed: float, **more: object) -> dict[str, dict[str, object]]:
@@ -74,6 +75,10 @@ def test_hours_and_dollars_of_the_papers_run() -> None:
     assert list(run["stage_hours"]) == STAGES
     works = works_of(paper_37m())
     assert run["planner"]["hours"] == pytest.approx(sum(map(Machine(GPUS["h100"], 4).seconds, works)) / 3600)
+    (shares,) = scaling.whole_runs(rows(4000.0), GPUS["h100"], None, 256)
+    works = [work._replace(batch_size=1024) for work in works]
+    assert shares["planner"]["hours"] == pytest.approx(sum(map(Machine(GPUS["h100"], 4).seconds, works)) / 3600)
+    assert shares["hours"] == run["hours"]
     (cheap,) = scaling.whole_runs(rows(4000.0), GPUS["h100"], 1.0)
     assert cheap["dollars"] == pytest.approx(cheap["gpu_hours"])
 

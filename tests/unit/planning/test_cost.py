@@ -46,6 +46,17 @@ def test_what_was_measured(mask_ratio: float, micro_batch: int, images_per_secon
     assert size == micro_batch and memory == pytest.approx(peak_gb, rel=0.03)
 
 
+@pytest.mark.parametrize(("mask_ratio", "images_per_second"), [(0.75, 5081.8), (0.0, 2070.5)])
+def test_what_four_gpus_did(mask_ratio: float, images_per_second: float) -> None:
+    """benchmarks/results/scaling-graph-h200.json: 256 images a GPU and step, DDP."""
+    work = XL._replace(spans=((4096, mask_ratio),), batch_size=1024)
+    four, alone = Machine(GPUS["h200"], 4), Machine(GPUS["h200"])
+    assert 4096 / four.seconds(work) == pytest.approx(images_per_second, rel=0.03)
+    without = four._replace(gpu=GPUS["h200"]._replace(nvlink=0))
+    assert four.seconds(work) - without.seconds(work) == pytest.approx(4 * 1.5 * 4 * parameters(XL.model).total / 450e9)
+    assert alone._replace(gpu=without.gpu).seconds(work) == alone.seconds(work)
+
+
 def test_memory_grows_with_what_is_held_and_shrinks_with_shards() -> None:
     one, weights = Machine(GPUS["h200"]), parameters(NANO.model).total
     assert fit(NANO, Machine(None))[0] == 64

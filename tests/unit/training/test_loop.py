@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.masking import PatchMask, random_patch_mask
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.log import read_log
-from micro_diffusion.training import loop
+from micro_diffusion.training import loop, stages
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.hooks import Hook, Moment, Row
 from micro_diffusion.training.loop import Interrupted, train
+from micro_diffusion.training.parallel import Parallel
 from micro_diffusion.training.stages import State
 
 
@@ -77,6 +79,30 @@ def test_four_stages(recipe: Recipe, loaders: dict[int, Loader], tmp_path: Path)
     assert (tmp_path / "model-stage-2" / "images").read_text() == "80"
     assert Recipe.from_json((tmp_path / "recipe.json").read_text()) == recipe
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_what_is_captured_is_gone_before_the_next_stage(
+    recipe: Recipe, loaders: dict[int, Loader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph holds the memory of a step."""
+    alive, ends = [], []
+
+    class Captured:
+        def __init__(self, work: Callable[..., object]) -> None:
+            self.work = work
+            alive.append(weakref.ref(self))
+
+        def __call__(self, *inputs: object) -> object:
+            return self.work(*inputs)
+
+    def next_state(recipe: Recipe, state: State, **more: object) -> State:
+        ends.append([captured() for captured in alive])
+        return stages.next_state(recipe, state, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Parallel, "captured", lambda self, network, work: Captured(work))
+    monkeypatch.setattr(loop, "next_state", next_state)
+    run(recipe, tmp_path, loaders)
+    assert ends == [[None] * count for count in (1, 2, 3)]
 
 
 def test_training_learns(one_stage: Callable[..., Recipe], loaders: dict[int, Loader], tmp_path: Path) -> None:

@@ -99,12 +99,12 @@ def test_what_does_not_divide(one_stage: Callable[..., Recipe], size: int, optio
         Parallel(Options(micro_batch=option), World(size=size), one_stage(), CPU)
 
 
-@pytest.mark.parametrize(("size", "device"), [(1, CPU), (2, torch.device("cuda"))])
-def test_a_step_is_one_cuda_graph_on_one_gpu_only(
-    one_stage: Callable[..., Recipe], size: int, device: torch.device
+@pytest.mark.parametrize(("device", "length"), [(CPU, 4), (torch.device("cuda"), None)])
+def test_a_cuda_graph_needs_a_gpu_and_fixed_shapes(
+    one_stage: Callable[..., Recipe], device: torch.device, length: int | None
 ) -> None:
-    with pytest.raises(UserError, match="--cuda-graph is for one CUDA GPU"):
-        Parallel(Options(cuda_graph=True), replace(ALONE, size=size), one_stage(), device)
+    with pytest.raises(UserError, match="--cuda-graph is for CUDA GPUs, and for batches of one shape"):
+        Parallel(Options(cuda_graph=True), ALONE, replace(one_stage(), text_length=length), device)
 
 
 def test_options_that_cannot_be() -> None:
