@@ -64,6 +64,7 @@ class Seen:
     mode: str
     buckets: int
     lead: int
+    units: bool
     tell: Callable[["Seen"], None]
     begun: float = field(default_factory=time.perf_counter)
     ready: float = 0.0
@@ -157,6 +158,8 @@ class _Parallel(Parallel):
         self.seen = seen
         if seen.warm and seen.mode != "single":  # one rank that does as several would
             self.mode, self.by_block = cast(Any, seen.mode), self.compile and seen.mode != "ddp"
+        if seen.units and seen.mode == "ddp":
+            self.by_block = self.compile
 
     def captured(self, network: Any, work: Any) -> Any:
         return self.seen.captured(super().captured(network, work))
@@ -214,6 +217,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             "cache": cache(),
             **({"buckets": args.buckets} if case.mode == "ddp" else {}),
             **({"cuda_graph": True} if args.cuda_graph else {}),
+            **({"units": True} if args.units and case.mode == "ddp" else {}),
         }
         write_row(case, args, row | found | more)
 
@@ -221,8 +225,9 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     options = Options(parallel=mode, micro_batch=size, keep=1, timeout=world.timeout, cuda_graph=args.cuda_graph)  # type: ignore[arg-type]
     lead = CAPTURED if args.cuda_graph else ROW_STEPS
     seen = Seen(
-        world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, lead, tell
-    )
+        world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, lead,
+        args.units, tell,
+    )  # fmt: skip
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")
     run = scratch / f"run-{case.file}"
