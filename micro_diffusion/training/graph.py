@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from micro_diffusion.runtime.files import UserError
+
 T = TypeVar("T")
 EAGER = 3  # calls before the capture, which needs what they leave: compiled kernels, workspaces, no gradient
 
@@ -29,7 +31,7 @@ class Graphed(Generic[T]):
 
     It takes tensors, which are copied to where the graph reads them, must not wait for the device, and what it returns
     holds until the next call. `draws` are the generators that it draws from. All calls before the capture are on the
-    stream `side`, as the capture is.
+    stream `side`, as the capture is. UserError if memory does not suffice for that.
     """
 
     def __init__(
@@ -47,9 +49,14 @@ class Graphed(Generic[T]):
             self.graph, self.inputs = torch.cuda.CUDAGraph(), [each.clone() for each in inputs]
             for generator in self.draws:
                 self.graph.register_generator_state(generator)
-            # others load and save meanwhile
-            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
-                self.found = self.work(*self.inputs)
+            try:  # others load and save meanwhile
+                with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
+                    self.found = self.work(*self.inputs)
+            except RuntimeError as error:
+                if not isinstance(error.__context__ or error, torch.OutOfMemoryError):  # the end of a capture hides it
+                    raise
+                why = "out of memory: a CUDA graph keeps what a step needs; set a smaller --micro-batch"
+                raise UserError(why) from error
             del self.work  # nothing of it is needed any more, and what it holds may hold this
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)
