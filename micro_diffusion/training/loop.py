@@ -106,6 +106,7 @@ def train(
                     signalled = world.agree(received[0] if received else 0)
                     if moment.due(*recipe.intervals) or signalled:
                         saver.check()
+                        parallel.wait()
                         if trouble := state.guard.read(recipe, stage, loader, log=run / "guard.jsonl" if log else None):
                             break
                         watched = watch(state.dit, part, recipe=recipe, stage=stage, mask_ratio=mask_ratio)

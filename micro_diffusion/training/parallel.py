@@ -7,7 +7,9 @@ gradient is that of the global mean. Weights and reductions are float32; bf16 is
 import functools
 import logging
 import os
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
@@ -19,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from micro_diffusion.models.dit import DiT, Stream
-from micro_diffusion.runtime.distributed import World
+from micro_diffusion.runtime.distributed import Stuck, World
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.feed import Examples
@@ -29,6 +31,7 @@ from micro_diffusion.training.options import Options
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 BUCKETS = 6  # all-reduces of a step of DDP, and about as many graphs: the host falls behind a GPU with more of them
+AHEAD = 8  # steps that the host may be ahead of CUDA graphs
 UNIT = 4  # blocks that are gathered by FSDP, and compiled, at once: for the same reason
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # of views, which nobody here writes into
 
@@ -41,7 +44,7 @@ class Parallel:
         self.mode = "single" if world.size == 1 else "ddp" if options.parallel == "auto" else options.parallel
         if options.cuda_graph and (device.type != "cuda" or recipe.text_length is None):
             raise UserError("--cuda-graph is for CUDA GPUs, and for batches of one shape: set text_length")
-        self.side = torch.cuda.Stream() if options.cuda_graph else None
+        self.side, self.ends = torch.cuda.Stream() if options.cuda_graph else None, deque[torch.cuda.Event]()
         self.by_block = recipe.compile and (self.mode in ("fsdp", "hybrid") or options.activation_checkpointing)
         for stage in recipe.stages:
             self.micro_batch(stage)
@@ -133,9 +136,29 @@ class Parallel:
                     torch.cuda.current_stream().wait_stream(stream)
             return found
 
+        def step(batch: Examples, rate: float) -> T:
+            found = graph(torch.full((), rate, device=self.device), *batch)
+            self.ends.append(torch.cuda.Event())
+            self.ends[-1].record()
+            self.wait(AHEAD)
+            return found
+
         # DDP arranges its buckets in the first step, and times the first ten
         graph = Graphed(joined, eager=12 if self.mode == "ddp" else EAGER, side=self.side)
-        return lambda batch, rate: graph(torch.full((), rate, device=self.device), *batch)
+        return step
+
+    def wait(self, ahead: int = 0) -> None:
+        """Wait for the device to end all steps of CUDA graphs but the last `ahead`; Stuck if one takes too long.
+
+        NCCL itself gives up a collective that hangs, but not in a graph.
+        """
+        while len(self.ends) > ahead:
+            begun = time.monotonic()
+            while not self.ends[0].query():
+                if time.monotonic() - begun > self.options.timeout:
+                    raise Stuck(f"a step does not end (seen from rank {self.world.rank}): a GPU or a network is stuck")
+                time.sleep(1e-4)
+            self.ends.popleft()
 
     def fit(self, network: DiT, batch: Examples, stage: Stage, backward: Callable[[Examples], object]) -> int:
         """The micro-batch of a stage, halved until forward and backward of its first one fit on every rank.

@@ -8,9 +8,9 @@ import torch
 
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.models.dit import DiT
-from micro_diffusion.runtime.distributed import ALONE, World
+from micro_diffusion.runtime.distributed import ALONE, Stuck, World
 from micro_diffusion.runtime.files import UserError
-from micro_diffusion.training import loop
+from micro_diffusion.training import loop, parallel
 from micro_diffusion.training.config import Recipe
 from micro_diffusion.training.feed import Examples
 from micro_diffusion.training.options import Options
@@ -105,6 +105,41 @@ def test_a_cuda_graph_needs_a_gpu_and_fixed_shapes(
 ) -> None:
     with pytest.raises(UserError, match="--cuda-graph is for CUDA GPUs, and for batches of one shape"):
         Parallel(Options(cuda_graph=True), ALONE, replace(one_stage(), text_length=length), device)
+
+
+def test_a_graph_that_hangs_is_found_out(one_stage: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is a few steps ahead, waits for all of them where it reads, and gives up on one that does not end."""
+    ended: list[int] = []
+
+    class Event:
+        made = 0
+
+        def record(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def query(self) -> bool:
+            ended.extend([self.number] if self.number < 5 else [])
+            return self.number < 5
+
+    monkeypatch.setattr(parallel, "AHEAD", 2)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(parallel, "Graphed", lambda work, **more: lambda *inputs: len(inputs))
+    recipe = replace(one_stage(), text_length=4)
+    made = Parallel(Options(cuda_graph=True, timeout=0.05), ALONE, recipe, torch.device("cuda"))
+    made.device = CPU
+    network = DiT(recipe.model)
+    step = made.captured(network, lambda batch, rate: 0)
+    batch = Examples(*[torch.zeros(1)] * len(Examples._fields))
+    for _ in range(4):
+        assert step(batch, 0.1) == 1 + len(batch)
+    assert ended == [1, 2]
+    made.wait()
+    assert ended == [1, 2, 3, 4]
+    step(batch, 0.1)
+    with pytest.raises(Stuck, match="a step does not end"):
+        made.wait()
 
 
 def test_options_that_cannot_be() -> None:
