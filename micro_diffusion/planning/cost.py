@@ -59,9 +59,8 @@ class Machine(NamedTuple):
         Communication runs beside the backward pass, and slows it down by as long as it takes: a ring's all-reduce of
         float32 at NVLink's speed is what a step lost on four H200 (benchmarks/results/scaling-graph-h200.json).
         """
-        held = parameters(work.model).total
-        total, weights, link = 0.0, held / self.shards, self.gpu.nvlink if self.gpu else 0
-        crossing = 8 * held * (1 - 1 / self.gpus) / (link * 1e9) if link else 0.0
+        total, held, link = 0.0, parameters(work.model).total, self.gpu.nvlink * 1e9 if self.gpu else 0.0
+        crossing = 8 * held * (1 - 1 / self.gpus) / link if link else 0.0
         for images, ratio in work.spans:
             if speed := self.measured.get(work.kind(ratio)):
                 rate, optimizer = speed
@@ -70,9 +69,8 @@ class Machine(NamedTuple):
                 optimizer = OPTIMIZER_BYTES / (self.gpu.bandwidth * 1e9)
             else:
                 raise UserError("The speed of this machine is not known: run 'micro-diffusion bench RECIPE', or --gpu.")
-            total += images * (
-                work.flops(ratio) / rate / self.gpus + (optimizer * weights + crossing) / work.batch_size
-            )
+            total += images * work.flops(ratio) / rate / self.gpus
+            total += images / work.batch_size * (optimizer * held / self.shards + crossing)
         return total
 
 

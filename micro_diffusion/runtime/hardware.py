@@ -8,10 +8,10 @@ import torch
 class Gpu(NamedTuple):
     """A GPU by the names that `torch.cuda.get_device_name` gives it, without "NVIDIA".
 
-    Peaks are dense (no sparsity), in TFLOP/s: `half` of bf16 with float32 sums, or of float16 where there is no bf16;
-    `single` of float32 as this package runs it, in TF32 where there is that. `price` is in dollars an hour, on demand:
-    typical of specialised clouds in spring 2026 and rounded; offers vary widely. `bandwidth`: of its
-    memory, in GB/s. `nvlink`: to the others of its host, in one direction, in GB/s; 0 where it is not known.
+    Peaks are dense (no sparsity), in TFLOP/s: `half` of bf16 with float32 sums; `single` of float32 as this package
+    runs it, in TF32 where there is that. `price` is in dollars an hour, on demand: typical of specialised clouds in
+    spring 2026 and rounded; offers vary widely. `bandwidth`: of its memory, in GB/s. `nvlink`: to the others of its
+    host, in one direction, in GB/s; 0 where it is not known.
     """
 
     names: tuple[str, ...]
@@ -40,8 +40,6 @@ GPUS = {
     "l4": Gpu(("L4",), 121, 60, 24, 0.45, 300),
     "rtx-4090": Gpu(("GeForce RTX 4090",), 165.2, 82.6, 24, 0.40, 1008),
     "rtx-3090": Gpu(("GeForce RTX 3090",), 71.2, 35.6, 24, 0.25, 936),
-    "v100-16gb": Gpu(("Tesla V100-SXM2-16GB",), 125, 15.7, 16, 0.40, 900),
-    "v100-32gb": Gpu(("Tesla V100-SXM2-32GB",), 125, 15.7, 32, 0.50, 900),
     "mi300x": Gpu(("AMD Instinct MI300X",), 1307.4, 163.4, 192, 2.20, 5300),
 }
 

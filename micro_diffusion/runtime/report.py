@@ -1,4 +1,4 @@
-"""Pictures with their prompts under them, curves, and pages that need nothing else: no network, no plotting library."""
+"""Pictures with their prompts under them, curves, and pages that need nothing else."""
 
 import base64
 import contextlib
@@ -6,12 +6,13 @@ import html
 import io
 import itertools
 import math
+import re
 import string
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ import micro_diffusion.embedded
 TEMPLATE = Path(micro_diffusion.embedded.__path__[0], "report.html")
 PAPER, INK, FAINT = "#ffffff", "#1f2430", "#6b7280"
 CELL, GAP, FONT_SIZE, LINE, MAX_LINES, MAX_POINTS = 128, 10, 12, 15.6, 4, 300
-COLOURS = ("#2f6fde", "#e0632f", "#2a9d63", "#a855c7", "#c99a00", "#d6457f")
+STYLE: Any = {"axes.spines.top": 0, "axes.spines.right": 0, "svg.fonttype": "none", "text.parse_math": False}
 WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "arial.ttf")
 
 Images = Sequence[Image.Image]
@@ -121,47 +122,6 @@ def table_grid(rows: Sequence[Images], row_labels: Sequence[str], column_labels:
     return _sheet(cells, gap=GAP, margin=GAP)
 
 
-class Axis(NamedTuple):
-    """A range of values and the pixels that it covers."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """The pixel of a value."""
-        low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (value - low) / (high - low) * (self.stop - self.start)
-
-    def ticks(self) -> list[float]:
-        """At most a handful of round values inside the range."""
-        round_values = [digit * 10.0**power for power in range(-30, 31) for digit in (1, 2, 5)]
-        if self.log:
-            marks = [value for value in round_values if self.low <= value <= self.high]
-            return marks[:: 1 if len(marks) < 9 else 3] if len(marks) > 1 else [self.low, self.high]
-        step = next(value for value in round_values if 5 * value >= self.high - self.low)
-        return [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
-
-
-def _axis(values: Sequence[float], start: float, stop: float, *, log: bool = False) -> Axis:
-    low, high = min(values), max(values)
-    return Axis(low, high if high > low else low + abs(low or 1), start, stop, log)  # one value still gets a range
-
-
-def _number(value: float) -> str:
-    for limit, unit, letter in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / unit:.3g} {letter}"
-    return f"{value:.4g}"
-
-
-CURVE_STYLE = """<style>.curve{font:12px system-ui,sans-serif;background:#fff}.curve text{fill:#1f2430}
-.curve .axis{stroke:#8a90a0;stroke-opacity:.35}@media(prefers-color-scheme:dark){
-.curve{background:#171a21}.curve text{fill:#e4e7ee}}</style>"""
-
-
 def loss_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], *, marks: Marks = ()) -> str:
     """The training loss that logs tell of, over images seen."""
     points = {name: [(row["images"], row["loss"]) for row in rows if row.get("loss")] for name, rows in logs.items()}
@@ -175,45 +135,30 @@ def curve_svg(series: Mapping[str, Points], *, title: str, x_label: str, y_label
 
     A line has at most `MAX_POINTS` points, each the mean of its neighbours, and a single one is drawn as a dot.
     """
-    width, height, left, right, top, bottom = 760, 400, 64, 744, 84, 352
-    lines: dict[str, list[list[float]]] = {}
-    for name, values in series.items():
-        if finite := [(x, y) for x, y in values if math.isfinite(y) and (y > 0 or not log_y)]:
-            parts = np.array_split(np.array(finite), min(len(finite), MAX_POINTS))
-            lines[name] = [part.mean(0).tolist() for part in parts] * (2 if len(finite) == 1 else 1)
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        raise ValueError("a curve needs at least one finite point")
-    across = _axis([x for x, _ in points] + [x for x, _ in marks], left, right)
-    up = _axis([y for _, y in points], bottom, top, log=log_y)
+    from matplotlib import rc_context, ticker
+    from matplotlib.figure import Figure
 
-    def text(x: float, y: float, words: str, more: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{html.escape(words)}</text>'
-
-    def line(path: str, more: str = 'class="axis"') -> str:
-        return f'<path d="{path}" {more}/>'
-
-    out = [
-        f'<svg class="curve" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">',
-        f"<title>{html.escape(title)}</title>{CURVE_STYLE}",
-        text(left, 20, title, 'font-size="14" font-weight="600"'),
-        text((left + right) / 2, height - 8, x_label, 'text-anchor="middle"'),
-        text(0, 0, y_label, f'transform="translate(14 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle"'),
-    ]
-    for y in up.ticks():
-        out += [line(f"M{left} {up.at(y):.1f}H{right}"), text(left - 6, up.at(y) + 4, _number(y), 'text-anchor="end"')]
-    out += [text(across.at(x), bottom + 18, _number(x), 'text-anchor="middle"') for x in across.ticks()]
-    for x, name in marks:
-        u = across.at(x)
-        out += [line(f"M{u:.1f} {top - 14}V{bottom}"), text(u + 4, top - 6, name, 'font-size="11"')]
-    legend = float(left)
-    for i, (name, line_points) in enumerate(lines.items()):
-        colour = f'stroke="{COLOURS[i % len(COLOURS)]}"'
-        path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y in line_points)
-        out.append(f'<polyline {colour} fill="none" stroke-width="1.8" stroke-linecap="round" points="{path}"/>')
-        out += [line(f"M{legend:.0f} 42h18", f'{colour} stroke-width="3"'), text(legend + 24, 46, name)]
-        legend += 48 + 7 * len(name)
-    return "\n".join([*out, "</svg>"])
+    with rc_context(STYLE | {"svg.hashsalt": title}):  # else no two files are the same
+        chart, out = Figure(figsize=(7.6, 4.0), layout="constrained"), io.StringIO()
+        axes = chart.add_subplot(title=title, xlabel=x_label, ylabel=y_label, yscale="log" if log_y else "linear")
+        for name, values in series.items():
+            if finite := [(x, y) for x, y in values if math.isfinite(y) and (y > 0 or not log_y)]:
+                parts = np.array_split(np.array(finite), min(len(finite), MAX_POINTS))
+                x, y = np.transpose([part.mean(0) for part in parts])
+                axes.plot(x, y, label=f" {name}", marker="o" if len(finite) == 1 else "")
+        if not axes.lines:
+            raise ValueError("a curve needs at least one finite point")
+        chart.legend(loc="outside lower center", ncols=4, frameon=False)
+        for at, name in marks:
+            axes.axvline(at, color=FAINT, linewidth=0.5)
+            axes.annotate(name, (at, 1), (3, -10), xycoords=("data", "axes fraction"), textcoords="offset points")
+        axes.xaxis.set_major_formatter(ticker.EngFormatter())
+        if log_y:
+            axes.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 3, 5)), major_formatter="{x:g}",
+                           minor_formatter=ticker.NullFormatter())  # fmt: skip
+        chart.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    # names of groups, which nothing refers to, would come once for each curve of a page
+    return re.sub('<g id="[^"]*"', "<g", '<svg class="curve" role="img"' + out.getvalue().partition("<svg")[2])
 
 
 def paragraph(text: str) -> str:

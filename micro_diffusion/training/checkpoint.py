@@ -38,9 +38,8 @@ class Saver:
     Keeps the newest `keep` and the first one past each multiple of `keep_every` images.
     """
 
-    def __init__(
-        self, folder: Path, recipe: Recipe, *, world: World = ALONE, keep: int = 2, keep_every: int = 0
-    ) -> None:
+    def __init__(self, folder: Path, recipe: Recipe, *, world: World = ALONE,
+                 keep: int = 2, keep_every: int = 0) -> None:  # fmt: skip
         self.folder, self.recipe, self.world, self.keep, self.keep_every = folder, recipe, world, keep, keep_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None

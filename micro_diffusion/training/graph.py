@@ -14,11 +14,8 @@ EAGER = 3  # calls before the capture, which needs what they leave: compiled ker
 
 
 @contextlib.contextmanager
-def beside(side: torch.cuda.Stream | None) -> Iterator[None]:
-    """Launch on another stream, if one is given, in order with the work of this one."""
-    if side is None:
-        yield
-        return
+def beside(side: torch.cuda.Stream) -> Iterator[None]:
+    """Launch on another stream, in order with the work of this one."""
     current = torch.cuda.current_stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
@@ -34,10 +31,8 @@ class Graphed(Generic[T]):
     stream `side`, as the capture is. UserError if memory does not suffice for that.
     """
 
-    def __init__(
-        self, work: Callable[..., T], draws: Sequence[torch.Generator] = (), *, eager: int = EAGER,
-        side: torch.cuda.Stream | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, work: Callable[..., T], draws: Sequence[torch.Generator] = (), *,
+                 eager: int = EAGER, side: torch.cuda.Stream | None = None) -> None:  # fmt: skip
         self.work, self.draws, self.calls, self.eager, self.side = work, draws, 0, eager, side or torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> T:
@@ -55,8 +50,7 @@ class Graphed(Generic[T]):
             except RuntimeError as error:
                 if not isinstance(error.__context__ or error, torch.OutOfMemoryError):  # the end of a capture hides it
                     raise
-                why = "out of memory: a CUDA graph keeps what a step needs; set a smaller --micro-batch"
-                raise UserError(why) from error
+                raise UserError("out of memory for a CUDA graph of a step: set a smaller --micro-batch") from error
             del self.work  # nothing of it is needed any more, and what it holds may hold this
         for held, given in zip(self.inputs, inputs, strict=True):
             held.copy_(given)

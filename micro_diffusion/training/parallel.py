@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TypeVar, cast
 
 import torch
@@ -106,10 +107,9 @@ class Parallel:
         network = cast(DiT, torch.compile(dit, dynamic=False)) if self.compile and not self.by_block else dit
         if self.mode == "ddp":
             size = max(1.0, sum(each.nbytes for each in dit.parameters()) / 2**20 / BUCKETS)
-            with beside(self.side):  # its hooks launch where they were made
+            with beside(self.side) if self.side else nullcontext():  # its hooks launch where they were made
                 ddp = DistributedDataParallel(network, gradient_as_bucket_view=True, bucket_cap_mb=size)
-            if self.options.cuda_graph:
-                ddp._set_ddp_runtime_logging_sample_rate(2**30)  # it times steps, which a graph cannot
+            ddp._set_ddp_runtime_logging_sample_rate(2**30)  # it times steps, which cannot be in a CUDA graph
             return cast(DiT, ddp)
         return network
 
@@ -138,8 +138,7 @@ class Parallel:
 
         def step(batch: Examples, rate: float) -> T:
             found = graph(torch.full((), rate, device=self.device), *batch)
-            self.ends.append(torch.cuda.Event())
-            self.ends[-1].record()
+            self.ends.append(torch.cuda.current_stream().record_event())
             self.wait(AHEAD)
             return found
 

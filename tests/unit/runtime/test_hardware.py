@@ -33,7 +33,6 @@ def find_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Gpu | None]:
         ("NVIDIA GeForce RTX 3090", "rtx-3090"),
         ("NVIDIA L4", "l4"),
         ("NVIDIA L40S", "l40s"),
-        ("Tesla V100-SXM2-32GB", "v100-32gb"),
         ("AMD Instinct MI300X", "mi300x"),
     ],
 )

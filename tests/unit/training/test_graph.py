@@ -52,7 +52,7 @@ def test_too_little_memory_is_one_sentence_and_other_errors_stay(calls: Calls) -
 
         return Graphed(fail, eager=0)
 
-    with pytest.raises(UserError, match="out of memory.*--micro-batch"):
+    with pytest.raises(UserError, match="out of memory for a CUDA graph.*--micro-batch"):
         work(torch.OutOfMemoryError("CUDA out of memory"))(torch.zeros(()))
     with pytest.raises(RuntimeError, match="not joined"):
         work(RuntimeError("a shape does not fit"))(torch.zeros(()))

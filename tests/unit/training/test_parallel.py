@@ -2,6 +2,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_a_graph_that_hangs_is_found_out(one_stage: Callable[..., Recipe], monke
     class Event:
         made = 0
 
-        def record(self) -> None:
+        def __init__(self) -> None:
             Event.made += 1
             self.number = Event.made
 
@@ -124,7 +125,7 @@ def test_a_graph_that_hangs_is_found_out(one_stage: Callable[..., Recipe], monke
 
     monkeypatch.setattr(parallel, "AHEAD", 2)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(record_event=Event))
     monkeypatch.setattr(parallel, "Graphed", lambda work, **more: lambda *inputs: len(inputs))
     recipe = replace(one_stage(), text_length=4)
     made = Parallel(Options(cuda_graph=True, timeout=0.05), ALONE, recipe, torch.device("cuda"))
