@@ -95,8 +95,9 @@ class Parallel:
     def network(self, dit: DiT, stage: Stage) -> DiT:
         """What a stage calls in place of the prepared model; the parameters are the model's own.
 
-        Where a step of DDP is one micro-batch, the compiler cuts the model where a bucket of gradients is full: its
-        all-reduce then begins while the backward pass goes on. For several the cuts cost the host more than that gains.
+        Where a step of DDP is one micro-batch, or a CUDA graph, the compiler cuts the model where a bucket of gradients
+        is full: its all-reduce then begins while the backward pass goes on. Launched for several, the cuts cost the
+        host more than that gains.
         """
         if self.compile:
             torch.compiler.reset()  # graphs of the stage before
