@@ -133,8 +133,8 @@ def measure_all(args: argparse.Namespace) -> None:
     if args.warm and args.compile:
         asked = argparse.Namespace(**vars(args) | {"warming": True})
         # what compiles the same; cases of one GPU that run side by side compile as well themselves
-        several = [case for case in missing() if case.ranks > 1 or not args.side_by_side]
-        like = {"hybrid": "fsdp"} | ({"ddp": "fsdp"} if args.units else {})
+        several = [case for case in missing() if case.ranks > 1 or args.units or not args.side_by_side]
+        like = {"hybrid": "fsdp"} | ({"ddp": "fsdp", "single": "fsdp"} if args.units else {})
         kinds = [(case.stage, like.get(case.mode, case.mode)) for case in several]
         cold = [Case(stage, 1, mode) for stage, mode in dict.fromkeys(kinds)]
         cold = [case for case in cold if not row_path(case, asked).exists()]
@@ -187,7 +187,9 @@ def main() -> None:
         "--scratch", default="/tmp/scaling-benchmark", help="store, rows and checkpoints; the store stays"
     )
     parser.add_argument("--cuda-graph", action="store_true", help="each step is replayed as one CUDA graph")
-    parser.add_argument("--units", action="store_true", help="DDP compiles as FSDP2 does, by units of a few blocks")
+    parser.add_argument(
+        "--units", action="store_true", help="DDP and one GPU compile by units of a few blocks, as FSDP2"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--warming", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

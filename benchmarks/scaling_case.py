@@ -158,7 +158,7 @@ class _Parallel(Parallel):
         self.seen = seen
         if seen.warm and seen.mode != "single":  # one rank that does as several would
             self.mode, self.by_block = cast(Any, seen.mode), self.compile and seen.mode != "ddp"
-        if seen.units and seen.mode == "ddp":
+        if seen.units and seen.mode in ("ddp", "single"):
             self.by_block = self.compile
 
     def captured(self, network: Any, work: Any) -> Any:
@@ -217,7 +217,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             "cache": cache(),
             **({"buckets": args.buckets} if case.mode == "ddp" else {}),
             **({"cuda_graph": True} if args.cuda_graph else {}),
-            **({"units": True} if args.units and case.mode == "ddp" else {}),
+            **({"units": True} if args.units and case.mode in ("ddp", "single") else {}),
         }
         write_row(case, args, row | found | more)
 
