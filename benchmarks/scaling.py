@@ -13,9 +13,9 @@ the host, the second finds it there, and is the one that counts. Time that it wa
 taken off.
 
 Compiling is most of the time. Graphs are compiled first, by one process for each stage on one GPU, with DDP and with
-sharding, which differ; these run side by side on as many GPUs (--warm, --only-warm). Each process sees its own GPU
-alone, as the first: a graph's name in Inductor's cache has the number of its GPU. Each row has `first_step_seconds`
-and the hits and misses of the cache.
+sharding, which differ; these run side by side on as many GPUs, --warm-at-once on each (--warm, --only-warm). Each
+process sees its own GPU alone, as the first: a graph's name in Inductor's cache has the number of its GPU. Each row has
+`first_step_seconds` and the hits and misses of the cache.
 
 The JSON is rewritten after each case. The same command goes on where it was: cases that the file has are not measured
 again. None begins after --seconds, and none goes on for longer than --case-seconds; the others are listed as left out.
@@ -47,7 +47,7 @@ from benchmarks.scaling_case import ROW_STEPS, TEXT_LENGTH, checkpoints, row_pat
 from benchmarks.scaling_plan import PAPER, Case, completed, ordered, rounds
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.distributed import join
-from micro_diffusion.training.parallel import BUCKETS
+from micro_diffusion.training.parallel import BUCKETS, UNIT
 
 MODES = ("ddp", "fsdp", "hybrid")
 LEAST = 45  # seconds; a case that has less left is not begun
@@ -132,14 +132,19 @@ def measure_all(args: argparse.Namespace) -> None:
 
     if args.warm and args.compile:
         asked = argparse.Namespace(**vars(args) | {"warming": True})
-        # what compiles the same; cases of one GPU that run side by side compile as well themselves
-        several = [case for case in missing() if case.ranks > 1 or args.units or not args.side_by_side]
         like = {"hybrid": "fsdp"} | ({"ddp": "fsdp", "single": "fsdp"} if args.units else {})
-        kinds = [(case.stage, like.get(case.mode, case.mode)) for case in several]
-        cold = [Case(stage, 1, mode) for stage, mode in dict.fromkeys(kinds)]
-        cold = [case for case in cold if not row_path(case, asked).exists()]
-        places = gpus * args.warm_at_once
-        for some in rounds(cold, len(places), alone=lambda case: False):
+
+        def cold(cases: Sequence[Case]) -> list[Case]:
+            """One for all that compile the same."""
+            kinds = dict.fromkeys((case.stage, like.get(case.mode, case.mode)) for case in cases)
+            return [
+                case for case in (Case(stage, 1, mode) for stage, mode in kinds) if not row_path(case, asked).exists()
+            ]
+
+        places, every = gpus * args.warm_at_once, cold(missing())
+        if args.side_by_side and len(every) > len(places):  # cases of one GPU compile as well themselves
+            every = cold([case for case in missing() if case.ranks > 1])
+        for some in rounds(every, len(places), alone=lambda case: False):
             if left() > LEAST:
                 for name, row in together(some, asked, places).items():
                     result.setdefault("warming", {})[name] = row
@@ -190,6 +195,8 @@ def main() -> None:
     parser.add_argument(
         "--units", action="store_true", help="DDP and one GPU compile by units of a few blocks, as FSDP2"
     )
+    parser.add_argument("--unit", type=int, default=UNIT, help="blocks of a unit; default: %(default)s")
+    parser.add_argument("--rest", action="store_true", help="what is outside of the units is compiled too, in parts")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--warming", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -19,6 +19,7 @@ from benchmarks.step import machine
 from micro_diffusion.cli.plan import works_of
 from micro_diffusion.data.loader import Loader
 from micro_diffusion.data.store import Store
+from micro_diffusion.models.dit import DiT
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.planning.cost import Machine
 from micro_diffusion.recipes.paper import paper_37m
@@ -29,7 +30,7 @@ from micro_diffusion.training import loop, parallel
 from micro_diffusion.training.checkpoint import Saver
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.options import Options
-from micro_diffusion.training.parallel import Parallel
+from micro_diffusion.training.parallel import UNIT, Parallel
 from micro_diffusion.training.stages import State
 
 TEXT_LENGTH, TEXT_WIDTH, DOWNSCALE = 77, 1024, 8
@@ -65,6 +66,8 @@ class Seen:
     buckets: int
     lead: int
     units: bool
+    unit: int
+    rest: bool
     tell: Callable[["Seen"], None]
     begun: float = field(default_factory=time.perf_counter)
     ready: float = 0.0
@@ -164,6 +167,15 @@ class _Parallel(Parallel):
     def captured(self, network: Any, work: Any) -> Any:
         return self.seen.captured(super().captured(network, work))
 
+    def shard(self, dit: DiT) -> DiT:
+        with mock.patch.object(parallel, "UNIT", self.seen.unit):
+            dit = super().shard(dit)
+        if self.by_block and self.seen.rest:
+            dit.encode_text = torch.compile(dit.encode_text, dynamic=False)  # type: ignore[method-assign]
+            for part in (dit.t_embedder, dit.patch_mixer_map_xin, dit.patch_mixer_map_xout, dit.final_layer):
+                part.forward = torch.compile(part.forward, dynamic=False)
+        return dit
+
     def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
         with mock.patch.object(parallel, "BUCKETS", self.seen.buckets):
@@ -217,6 +229,8 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             "cache": cache(),
             **({"buckets": args.buckets} if case.mode == "ddp" else {}),
             **({"cuda_graph": True} if args.cuda_graph else {}),
+            **({"unit": args.unit} if args.unit != UNIT else {}),
+            **({"rest": True} if args.rest else {}),
             **({"units": True} if args.units and case.mode in ("ddp", "single") else {}),
         }
         write_row(case, args, row | found | more)
@@ -226,7 +240,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     lead = CAPTURED if args.cuda_graph else ROW_STEPS
     seen = Seen(
         world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, lead,
-        args.units, tell,
+        args.units, args.unit, args.rest, tell,
     )  # fmt: skip
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")

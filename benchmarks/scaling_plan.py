@@ -81,8 +81,8 @@ def analysed(
 
     `seconds[k]` lies between the ends of step k and of the next, counted from 1 (`seconds[0]` ends with the first).
     Rows follow steps that `every` divides. A save is (step after which it began, last step that it held up, seconds
-    that it waited for the one before). Steps up to the first row, or the first `lead`, and the one after are not
-    counted.
+    that it waited for the one before); it is held to account up to the next. Steps up to the first row, or the first
+    `lead`, and the one after are not counted.
     """
     saving = {step for start, last, _ in saves for step in range(start, last)}
     steps = range(max(every, lead) + 1, len(seconds))
@@ -92,7 +92,8 @@ def analysed(
     row = max(0.0, statistics.mean(rows) - mean) if rows else 0.0
 
     def lost(start: int, last: int, waited: float) -> float:
-        held = range(start, min(last, len(seconds)))
+        next_one = min((other for other, _, _ in saves if other > start), default=len(seconds))
+        held = range(start, min(last, next_one, len(seconds)))
         return sum(seconds[step] - mean - row * (step % every == 0) for step in held) - waited
 
     return {

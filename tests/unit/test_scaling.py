@@ -56,6 +56,10 @@ def test_rows_of_the_log_and_checkpoints_are_told_from_plain_steps() -> None:
     assert found["step_seconds"] == found["median_step_seconds"] == pytest.approx(1)
     assert found["row_seconds"] == pytest.approx(0.5)
     assert found["lost_seconds"] == pytest.approx([3 + 0.4 - 1])
+    # the next one, after step 12, waits 2 s for it
+    seconds[12] += 2.0
+    found = scaling.analysed(seconds, every=3, saves=[(9, 13, 1.0), (12, 14, 2.0)])
+    assert found["lost_seconds"] == pytest.approx([3 + 0.3 - 1, 0.1])
     assert scaling.analysed(seconds[:9], every=3)["lost_seconds"] == []
     assert scaling.analysed([9.0] * 5 + [1.0, 2.0, 1.0, 1.0], every=3, lead=4)["step_seconds"] == 1.0
 
