@@ -276,8 +276,7 @@ class _Work:
                     if self.progress:
                         self.progress(self.records, len(self.rejects))
 
-            for _ in ahead(calls(), depth=1, name="write"):
-                pass
+            list(ahead(calls(), depth=1, name="write"))
 
 
 def _write_rejects(out: Path, rejects: Sequence[dict[str, str]]) -> Path:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from micro_diffusion.runtime.distributed import ALONE, World
 from micro_diffusion.runtime.files import TEMPORARY_PREFIX, UserError, atomic_folder, write_atomic
@@ -45,11 +47,10 @@ class Saver:
         self._pending: Future[None] | None = None
 
     def save(self, state: State) -> None:
-        """Copy the state to the host and write it; waits for the checkpoint before this one only."""
+        """Copy this rank's part to the host and write it; waits for the checkpoint before this one only."""
         self.wait()
-        tensors, copied = _copy(_tensors(state)), None
-        if state.skipped.is_cuda:
-            (copied := torch.cuda.Event()).record()
+        tensors = _copy_part(_tensors(state), self.world)
+        copied = torch.cuda.current_stream().record_event() if state.skipped.is_cuda else None
         averages, guard = len(state.ema.dits) if state.ema else 0, asdict(state.guard)
         clock = {"stage": state.stage, "images": state.images, "ema": averages, "guard": guard}
         self._pending = self._pool.submit(self._write, tensors, clock, copied)
@@ -69,7 +70,7 @@ class Saver:
         """Begin no other; one that is being written is finished."""
         self._pool.shutdown(wait=False)
 
-    def _write(self, tensors: Mapping[str, Any], clock: Mapping[str, Any], copied: torch.cuda.Event | None) -> None:
+    def _write(self, tensors: dict[str, Any], clock: Mapping[str, Any], copied: torch.cuda.Event | None) -> None:
         if copied is not None:
             copied.synchronize()
         final, writes_all = self.folder / f"{clock['images']:012d}", self.world.rank == 0
@@ -78,7 +79,7 @@ class Saver:
             with atomic_folder(final) if writes_all else contextlib.nullcontext(aside) as temporary:
                 if self.world.saving is not None:
                     dist.barrier(self.world.saving)  # the folder is there
-                dcp.save(dict(tensors), checkpoint_id=temporary, process_group=self.world.saving)
+                dcp.save(tensors, checkpoint_id=temporary, process_group=self.world.saving)
                 if writes_all:
                     (temporary / "recipe.json").write_text(self.recipe.to_json())
                     sizes = {path.name: path.stat().st_size for path in temporary.iterdir()}
@@ -180,17 +181,21 @@ def _reason(error: BaseException) -> str:
     return str(error)
 
 
-def _tensors(state: State) -> dict[str, Any]:
+def _tensors(state: State) -> dict[str, Tensor]:
     """The state's own tensors under stable names, to be written, or to be read into."""
     moments = dict(state.optimizer.state)  # the optimizer's own makes up what it lacks
-    optimizer = {name: moments[parameter] for name, parameter in state.dit.named_parameters()}
-    tensors = {"weights": state.dit.state_dict(), "optimizer": optimizer, "skipped": state.skipped}
-    averages = state.ema.dits if state.ema else []
-    return tensors | {f"ema{index or ''}": dit.state_dict() for index, dit in enumerate(averages)}
+    parts = {f"optimizer.{name}": moments[parameter] for name, parameter in state.dit.named_parameters()}
+    parts |= {f"ema{index or ''}": dit.state_dict() for index, dit in enumerate(state.ema.dits if state.ema else [])}
+    parts |= {"weights": state.dit.state_dict(), "": {"skipped": state.skipped}}
+    return {f"{part}.{name}".strip("."): tensor for part, some in parts.items() for name, tensor in some.items()}
 
 
-def _copy(tree: Any) -> Any:
-    """A copy on the host; from a GPU into pinned memory, complete when the stream gets there."""
-    if isinstance(tree, Mapping):
-        return {name: _copy(branch) for name, branch in tree.items()}
-    return tree.detach().to("cpu", non_blocking=True, copy=True)
+def _copy_part(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """On the host, what this rank writes: its shards and, in turns by size, its part of what all ranks have.
+
+    From a GPU it goes into pinned memory, and is complete when the stream gets there.
+    """
+    by_size = sorted(tensors, key=lambda name: tensors[name].nbytes)
+    whole = [name for name in by_size if not isinstance(tensors[name], DTensor)]
+    names = tensors.keys() - {*whole} | {*whole[world.rank :: world.size]}
+    return {name: tensors[name].detach().to("cpu", non_blocking=True, copy=True) for name in by_size if name in names}

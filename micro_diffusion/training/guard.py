@@ -92,11 +92,9 @@ def judge(steps: Sequence[Sequence[Any]], *, skips: int, limit: float) -> tuple[
     if len(earlier) < ENOUGH or not limit:
         return None
     middle = statistics.median(earlier)
-    deviation = max(1.4826 * statistics.median(abs(loss - middle) for loss in earlier), 0.05 * abs(middle))
+    most = middle + limit * max(1.4826 * statistics.median(abs(loss - middle) for loss in earlier), 0.05 * abs(middle))
     lowest = min(loss for _, loss in last)
-    if lowest <= middle + limit * deviation:
-        return None
-    return f"the loss jumped from {middle:.4g} to {lowest:.4g} and more", last[0][0]
+    return (f"the loss jumped from {middle:.4g} to {lowest:.4g} and more", last[0][0]) if lowest > most else None
 
 
 def data_position(images: int, windows: Windows) -> int:
@@ -119,8 +117,7 @@ def _name(before: int, start: int, loader: Batches, size: int, *, log: Path) -> 
     if isinstance(loader, Loader):
         batch = loader.batch(start, size)
         good = batch.latents.isfinite().flatten(1).all(dim=1) & batch.text.isfinite().flatten(1).all(dim=1)
-        keys = batch.keys
-        broken = [key for key, fine in zip(keys, good.tolist(), strict=True) if not fine]
+        keys, broken = batch.keys, [batch.keys[row] for row in (~good).nonzero().flatten().tolist()]
         what += f"; broken data: {broken or 'none'}"
     record(log, what, position=start, keys=keys, broken=broken)
 
@@ -138,8 +135,7 @@ def watch(dit: DiT, examples: Examples, *, recipe: Recipe, stage: Stage, mask_ra
 
     From an eager forward pass of a few images: the compiled model never meets the hooks. Waits for the device.
     """
-    few, seen = Examples(*(column[:WATCHED_IMAGES] for column in examples)), []
-    takers: list[Tensor] = []
+    few, seen, takers = Examples(*(column[:WATCHED_IMAGES] for column in examples)), list[Tensor](), list[Tensor]()
 
     def look(module: Any, inputs: tuple[Any, ...], output: Stream | Tensor) -> None:
         values = output.x if isinstance(output, Stream) else output

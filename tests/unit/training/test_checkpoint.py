@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from micro_diffusion.runtime.distributed import World
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.training import checkpoint
 from micro_diffusion.training.config import Recipe
@@ -49,6 +51,24 @@ def test_loads_what_was_saved_to_the_bit(recipe: Recipe, tmp_path: Path, ema: bo
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert (loaded.stage, loaded.images, int(loaded.skipped)) == (2, 96, 2)
+
+
+def test_names_on_the_disk_stay(recipe: Recipe, tmp_path: Path) -> None:
+    state = random_state(recipe, 96)
+    path = save(tmp_path, state, recipe)
+    names = {name.replace("dit.", "weights.", 1) for name in tensors(state)}
+    assert dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys() == {"skipped", *names}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_what_all_of_them_have(recipe: Recipe, size: int) -> None:
+    """Each copies and writes its own part, about as much as the others."""
+    state = checkpoint._tensors(random_state(recipe, 96))
+    parts = [checkpoint._copy_part(state, World(rank, size)) for rank in range(size)]
+    assert sorted(name for part in parts for name in part) == sorted(state)
+    assert all(torch.equal(tensor, state[name]) for part in parts for name, tensor in part.items())
+    written = [sum(tensor.nbytes for tensor in part.values()) for part in parts]
+    assert max(written) - min(written) <= max(tensor.nbytes for tensor in state.values())
 
 
 def test_keeps_the_newest_two(recipe: Recipe, tmp_path: Path) -> None:
