@@ -130,8 +130,8 @@ def train(
                         raise Interrupted(signalled)
             work = None  # the memory of a graph goes before another state comes
             if trouble:
+                saver.wait()  # first: a run that ends here leaves no checkpoint half-written
                 after = state.guard.after(trouble, limit=recipe.guard_rollbacks)
-                saver.wait()
                 if log is not None:
                     checkpoint.rewind(saver.folder, after, trouble)
                 world.agree()  # the others are gone
