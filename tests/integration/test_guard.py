@@ -1,6 +1,7 @@
 """Data that are not finite, or far too large: skipped, named, gone back from, left out, and at last given up on."""
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from integration.command_line import make_autoencoder, make_pictures, tiny_recipe
 from integration.test_resume import RandomRows, recipe
 
@@ -125,11 +127,20 @@ def test_back_to_the_last_good_checkpoint_and_past_the_data(
     assert not set(resumed.read) & set(range(*window))
 
 
-def test_after_the_limit_it_stops_with_a_report(tmp_path: Path) -> None:
+def test_after_the_limit_it_stops_with_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with no checkpoint half-written, however long one takes."""
+    save = dcp.save
+
+    def slow(*args: Any, checkpoint_id: Path, **settings: Any) -> None:
+        time.sleep(2 * (checkpoint_id.name.endswith("36")))  # the last before the trouble
+        save(*args, checkpoint_id=checkpoint_id, **settings)
+
+    monkeypatch.setattr(dcp, "save", slow)
     loader = Poisoned(8, 32, 400, float("nan"))
     with pytest.raises(TrainingFailed, match="3 times.*images 32 to 44: 3 of 11 steps were not finite; .*guard.jsonl"):
         run(one_stage(guard_rollbacks=2), tmp_path, loader)
     assert sum("windows" in event for event in events(tmp_path)) == 2
+    assert all(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
     with pytest.raises(TrainingFailed):  # the same command meets the same data, and remembers
         run(one_stage(guard_rollbacks=2), tmp_path, Poisoned(8, 0, 400, float("nan")))
 
