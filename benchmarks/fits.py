@@ -7,14 +7,15 @@ The allocator gets no more than `--gb`, less `--outside` for what CUDA, NCCL and
 what they took is told as `outside_gb`, if nothing else runs on that GPU.
 
 The JSON has a row for each stage, of rank 0, which draws: peaks of what was allocated and reserved, in steps and in
-all that comes at a row of the log; and `trouble`, with what ended the run if it did not fit.
+all that comes at a row of the log; and `trouble`, with what ended the run if it did not fit. It is rewritten after each
+stage. Ranks that torchrun starts see all GPUs, and each compiles for its own.
 """
 
 import argparse
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.models.text_encoders import TextEncoder
 from micro_diffusion.recipes.paper import paper_37m
 from micro_diffusion.runtime.device import pick_device
-from micro_diffusion.runtime.distributed import World, join
+from micro_diffusion.runtime.distributed import Stuck, World, join
 from micro_diffusion.runtime.files import UserError
 from micro_diffusion.runtime.report import grid, pictures
 from micro_diffusion.training import loop
@@ -72,8 +73,8 @@ class Text(nn.Module):
 class Memory(Hook):
     """Peaks of each stage: of its steps, and of what other hooks do, since this one is the last."""
 
-    def __init__(self, stages: dict[str, dict[str, float]]) -> None:
-        self.stages = stages
+    def __init__(self, stages: dict[str, dict[str, float]], write: Callable[[], object]) -> None:
+        self.stages, self.write = stages, write
 
     def after_step(self, state: State, moment: Moment) -> Row:
         row = self.stages.setdefault(moment.stage.name, {})
@@ -88,6 +89,7 @@ class Memory(Hook):
             row |= {name: max(row.get(name, 0.0), round(bytes_ / 1e9, 2)) for name, bytes_ in found.items()}
             torch.cuda.reset_peak_memory_stats()
         print(moment.stage.name, row, flush=True)
+        self.write()
         return {}
 
 
@@ -134,7 +136,7 @@ def work(args: argparse.Namespace, world: World) -> None:
     result |= {"limit_gb": args.gb, "cuda_graph": args.cuda_graph, "compiled_by_units": args.units, "stages": {}}
     if args.gpu:
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction((args.gb - args.outside) * 1e9 / total)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (args.gb - args.outside) * 1e9 / total))
     if not world.rank and not (scratch / "store").exists():
         write_store(scratch / "store", rows=args.rows, tokens=TEXT_LENGTH, resolutions=(256, 512), dtype="float16")
     world.agree()
@@ -145,26 +147,30 @@ def work(args: argparse.Namespace, world: World) -> None:
         for size in (256, 512)
     }
     hooks: list[Hook] = []
+
+    def write() -> None:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
     if not world.rank:
         shutil.rmtree(run, ignore_errors=True)
         layers = SDXL_LAYERS if args.gpu else SDXL_LAYERS | {"block_out_channels": (4,) * 4, "norm_num_groups": 4}
         vae = Autoencoder(AutoencoderKL(**layers), name="random", sha256="").to(device)
         text = Text(TEXT_WEIGHTS if args.gpu else 1000).to(device)
         samples = Samples(partial(draw, args, recipe, vae, text), run / "samples", every=recipe.sample_every)
-        hooks = [samples, Memory(result["stages"])]
+        hooks = [samples, Memory(result["stages"], write)]
     world.agree()
     options = Options(parallel=args.parallel, cuda_graph=args.cuda_graph, keep=1)
     try:
         with mock.patch.object(loop, "Parallel", ByUnits if args.units else Parallel):
             loop.train(recipe, run=run, loaders=loaders, validation=loaders, downscale=DOWNSCALE, device=device,
                        release=lambda folder, state: None, hooks=hooks, options=options, world=world)  # fmt: skip
-    except (UserError, torch.OutOfMemoryError) as error:
+    except (UserError, Stuck, torch.OutOfMemoryError) as error:
         result["trouble"] = f"{type(error).__name__}: {str(error).split('. ')[0]}"
     result["seconds"] = round(time.monotonic() - begun, 1)
     if not world.rank or "trouble" in result:
         print(json.dumps(result), flush=True)
     if not world.rank:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        write()
         shutil.rmtree(run, ignore_errors=True)
 
 

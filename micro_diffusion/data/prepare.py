@@ -276,7 +276,7 @@ class _Work:
                     if self.progress:
                         self.progress(self.records, len(self.rejects))
 
-            list(ahead(calls(), depth=1, name="write"))
+            list(ahead(calls(), depth=1, name="write"))  # what they do is to write
 
 
 def _write_rejects(out: Path, rejects: Sequence[dict[str, str]]) -> Path:

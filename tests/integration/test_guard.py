@@ -132,7 +132,7 @@ def test_after_the_limit_it_stops_with_a_report(tmp_path: Path, monkeypatch: pyt
     save = dcp.save
 
     def slow(*args: Any, checkpoint_id: Path, **settings: Any) -> None:
-        time.sleep(2 * (checkpoint_id.name.endswith("36")))  # the last before the trouble
+        time.sleep(2 * checkpoint_id.name.endswith("36"))  # the last before the trouble
         save(*args, checkpoint_id=checkpoint_id, **settings)
 
     monkeypatch.setattr(dcp, "save", slow)
