@@ -12,6 +12,7 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks.scaling_plan import PAPER, Case, analysed
@@ -171,9 +172,9 @@ class _Parallel(Parallel):
         with mock.patch.object(parallel, "UNIT", self.seen.unit):
             dit = super().shard(dit)
         if self.by_block and self.seen.rest:
-            dit.encode_text = torch.compile(dit.encode_text, dynamic=False)  # type: ignore[method-assign]
-            for part in (dit.t_embedder, dit.patch_mixer_map_xin, dit.patch_mixer_map_xout, dit.final_layer):
-                part.forward = torch.compile(part.forward, dynamic=False)
+            for part in dit.children():
+                if not isinstance(part, nn.ModuleList):
+                    part.forward = torch.compile(part.forward, dynamic=False)
         return dit
 
     def network(self, dit: Any, stage: Stage) -> Any:
