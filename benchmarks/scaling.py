@@ -196,7 +196,6 @@ def main() -> None:
         "--units", action="store_true", help="DDP and one GPU compile by units of a few blocks, as FSDP2"
     )
     parser.add_argument("--unit", type=int, default=UNIT, help="blocks of a unit; default: %(default)s")
-    parser.add_argument("--rest", action="store_true", help="what is outside of the units is compiled too, in parts")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--warming", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -12,7 +12,6 @@ from typing import Any, cast
 from unittest import mock
 
 import torch
-from torch import nn
 from torch._dynamo.utils import counters
 
 from benchmarks.scaling_plan import PAPER, Case, analysed
@@ -68,7 +67,6 @@ class Seen:
     lead: int
     units: bool
     unit: int
-    rest: bool
     tell: Callable[["Seen"], None]
     begun: float = field(default_factory=time.perf_counter)
     ready: float = 0.0
@@ -170,12 +168,7 @@ class _Parallel(Parallel):
 
     def shard(self, dit: DiT) -> DiT:
         with mock.patch.object(parallel, "UNIT", self.seen.unit):
-            dit = super().shard(dit)
-        if self.by_block and self.seen.rest:
-            for part in dit.children():
-                if not isinstance(part, nn.ModuleList):
-                    part.forward = torch.compile(part.forward, dynamic=False)
-        return dit
+            return super().shard(dit)
 
     def network(self, dit: Any, stage: Stage) -> Any:
         self.seen.ready = time.perf_counter()
@@ -231,7 +224,6 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
             **({"buckets": args.buckets} if case.mode == "ddp" else {}),
             **({"cuda_graph": True} if args.cuda_graph else {}),
             **({"unit": args.unit} if args.unit != UNIT else {}),
-            **({"rest": True} if args.rest else {}),
             **({"units": True} if args.units and case.mode in ("ddp", "single") else {}),
         }
         write_row(case, args, row | found | more)
@@ -241,7 +233,7 @@ def work(case: Case, args: argparse.Namespace, world: World) -> None:
     lead = CAPTURED if args.cuda_graph else ROW_STEPS
     seen = Seen(
         world, args.gpu, args.window, 2 * checkpoints(case, args), args.warming, case.mode, args.buckets, lead,
-        args.units, args.unit, args.rest, tell,
+        args.units, args.unit, tell,
     )  # fmt: skip
     if args.warming and case.mode != "single":
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if args.gpu else "gloo")

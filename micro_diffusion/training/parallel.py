@@ -73,7 +73,9 @@ class Parallel:
     def shard(self, dit: DiT) -> DiT:
         """Prepare a new model, in place, before its optimizer is made: blocks recompute, compile, parameters shard.
 
-        FSDP's hooks stay between units of a few blocks, where communication overlaps.
+        FSDP's hooks stay between units of a few blocks, where communication overlaps. What lies outside of blocks
+        compiles part by part, where a graph launches it: the text's refiner has more tokens than a block of masked
+        patches. The host alone launches small graphs no faster than what is in them.
         """
         size = 1 if self.options.activation_checkpointing else UNIT
         stacks: list[list[nn.Module]] = [[*dit.patch_mixer], [*dit.blocks]]
@@ -87,6 +89,9 @@ class Parallel:
                 unit[0].forward = torch.compile(together, dynamic=False)
             if self.options.activation_checkpointing:
                 unit[0].forward = functools.partial(recompute, unit[0].forward)
+        for part in dit.children() if self.by_block and self.options.cuda_graph else ():
+            if not isinstance(part, nn.ModuleList):
+                part.forward = torch.compile(part.forward, dynamic=False)
         if self.mode in ("fsdp", "hybrid"):
             for unit in [*units, cast(list[nn.Module], [dit])]:
                 fully_shard(unit, mesh=self.mesh)

@@ -72,6 +72,33 @@ def test_activation_checkpointing_changes_nothing(
     assert torch.equal(run(one_stage(), tmp_path / "less", loaders, Options(activation_checkpointing=True)), plain)
 
 
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_what_lies_outside_of_blocks_compiles_for_a_cuda_graph(
+    one_stage: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, cuda_graph: bool
+) -> None:
+    """With one graph a block, here, and one a part: all that has parameters is in one of them."""
+    compiled: list[Callable[..., object]] = []
+
+    def compiles(function: Callable[..., object], **settings: object) -> Callable[..., object]:
+        assert settings == {"dynamic": False}
+        compiled.append(function)
+        return lambda *inputs: function(*inputs)
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(torch, "compile", compiles)
+    recipe = replace(one_stage(), text_length=4, compile=True)
+    options = Options(cuda_graph=cuda_graph, activation_checkpointing=True)
+    made, dit = Parallel(options, ALONE, recipe, torch.device("cuda")), DiT(recipe.model)
+    for parameter in dit.parameters():  # what is zero at the start hides what comes before it
+        torch.nn.init.normal_(parameter, std=0.1)
+    size, width = recipe.model.latent_size, recipe.model.caption_channels
+    inputs = torch.randn(2, recipe.model.in_channels, *size), torch.randn(2), torch.randn(2, 4, width)
+    expected, _ = dit(*inputs, text_mask=torch.ones(2, 4, dtype=torch.bool))
+    found, _ = made.network(made.shard(dit), recipe.stages[0])(*inputs, text_mask=torch.ones(2, 4, dtype=torch.bool))
+    assert torch.equal(found, expected)
+    assert len(compiled) == len(dit.patch_mixer) + len(dit.blocks) + (len([*dit.children()]) - 2) * cuda_graph
+
+
 def test_keys_and_shown_weights_are_plain(one_stage: Callable[..., Recipe]) -> None:
     recipe = one_stage()
     parallel = Parallel(Options(activation_checkpointing=True), ALONE, recipe, CPU)
