@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from micro_diffusion.training.config import Recipe
 
 BENCH = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "micro-diffusion", "bench.json")
-DOWNSCALE = 8  # pixels to a latent, of all autoencoders here but DC-AE
 TYPICAL_TOKENS = 16  # of a caption, where a recipe takes them as long as they are
 ADVICE = "--parallel fsdp, larger GPUs, or train --activation-checkpointing."
 GUESS = "Speed: the part of its peak that an H200 gave XL; for all else, a guess."
@@ -132,8 +131,10 @@ def works_of(recipe: "Recipe") -> "list[Work]":
     from micro_diffusion.planning.cost import Work
 
     length, works = recipe.text_length or TYPICAL_TOKENS, []
+    # pixels to a latent: a DC-AE's name tells them, as in dc-ae-f32c32; all others here have 8
+    downscale = next((each for each in (32, 64, 128) if f"f{each}c" in recipe.autoencoder), 8)
     for stage in recipe.stages:
-        model, averages = recipe.stage_model(stage, downscale=DOWNSCALE), len(stage.ema_sigma_rel)
+        model, averages = recipe.stage_model(stage, downscale=downscale), len(stage.ema_sigma_rel)
         spans = tuple((stop - start, ratio) for start, stop, ratio in stage.mask_spans)
         works.append(Work(stage.name, model, spans, stage.batch_size, length, recipe.precision, recipe.compile,
                           averages or int(stage.ema_halflife_images > 0)))  # fmt: skip

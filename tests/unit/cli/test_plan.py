@@ -1,6 +1,7 @@
 """Plans against sums made by hand, budgets, and one sentence for what cannot be planned."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_a_budget_shortens_all_stages_alike(budget: float, tmp_path: Path) -> No
     assert max(parts) - min(parts) < 2 * 2048 / whole.stages[-1].images
     seconds = sum(map(Machine(GPUS["h100"], 8).seconds, works_of(short)))
     assert 0.99 * budget < seconds / 3600 * 8 * 3.75 <= budget
+
+
+@pytest.mark.parametrize(
+    ("autoencoder", "downscale"),
+    [("embedded", 8), ("stabilityai/sdxl-vae", 8), ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32),
+     ("mit-han-lab/dc-ae-f64c128-in-1.0-diffusers", 64)],
+)  # fmt: skip
+def test_latents_are_as_large_as_the_autoencoder_makes_them(autoencoder: str, downscale: int) -> None:
+    recipe = replace(RECIPES["paper-37m"](), autoencoder=autoencoder)
+    sizes = [work.model.input_size for work in works_of(recipe)]
+    assert sizes == [stage.resolution // downscale for stage in recipe.stages]
 
 
 def test_more_than_enough_money_changes_nothing() -> None:
