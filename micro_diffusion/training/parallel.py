@@ -182,7 +182,8 @@ class Parallel:
                     "--micro-batch, --activation-checkpointing, or --reshard with FSDP"
                 )
             logger.warning("stage %r: out of memory with micro-batches of %d images", stage.name, size)
-            size = smaller
+            # several a step from now on: see `network`
+            size, torch._dynamo.config.optimize_ddp = smaller, self.options.cuda_graph and not self.by_block
         logger.info("stage %r: micro-batches of %d images", stage.name, size)
         return size
 

@@ -2,8 +2,8 @@
 
 `python ranks.py FOLDER '{"parallel": "fsdp", ...}'` trains the tiny recipe on random rows; settings that are no option:
 `micro` for its micro-batch, `dim` for the model's width, `kill` for when and where to be killed, `steps` of a stage,
-`device`, and `compile` for a backend of torch.compile. `graphs.txt` has how many graphs that was given, or how many
-CUDA graphs were captured.
+`device`, `fits` for how many images a rank has memory for, and `compile` for a backend of torch.compile. `graphs.txt`
+has how many graphs that was given since memory was enough, or how many CUDA graphs were captured.
 """
 
 import json
@@ -27,6 +27,7 @@ from micro_diffusion.data.loader import Batch, Loader
 from micro_diffusion.models.presets import PRESETS
 from micro_diffusion.runtime.distributed import Stuck, World, join
 from micro_diffusion.runtime.files import UserError
+from micro_diffusion.training import loop
 from micro_diffusion.training.config import Recipe, Stage
 from micro_diffusion.training.loop import Interrupted, train
 from micro_diffusion.training.options import Options
@@ -134,6 +135,17 @@ def main(folder: Path, settings: dict[str, Any]) -> int:
 
     if "compile" in settings:
         torch.compile = partial(torch.compile, backend=counted)
+    add_gradient = loop.add_gradient
+
+    def limited(*args: Any) -> Any:
+        nonlocal graphs
+        losses = add_gradient(*args)
+        if len(losses) > settings.get("fits", BATCH):
+            graphs = 0
+            raise torch.OutOfMemoryError
+        return losses
+
+    loop.add_gradient = limited
     capture, device = torch.cuda.graph, settings.get("device", "cpu")
 
     def captured(*args: Any, **settings: Any) -> Any:

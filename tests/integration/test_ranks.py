@@ -91,11 +91,14 @@ def test_compiled_whole_or_in_parts(undisturbed: Path, tmp_path: Path, settings:
     assert int((tmp_path / "graphs.txt").read_text()) == graphs
 
 
-@pytest.mark.parametrize(("settings", "graphs"), [({}, range(4, 9)), ({"micro_batch": 2}, range(1, 2))])
+@pytest.mark.parametrize(
+    ("settings", "graphs"),
+    [({}, range(4, 9)), ({"micro_batch": 2}, range(1, 2)), ({"micro_batch": "auto", "fits": 2}, range(1, 2))],
+)
 def test_the_compiler_cuts_where_a_bucket_of_gradients_is_full(
-    tmp_path: Path, settings: dict[str, int], graphs: range
+    tmp_path: Path, settings: dict[str, Any], graphs: range
 ) -> None:
-    """If a step is one micro-batch; the gradients of several are reduced after the last."""
+    """If a step is one micro-batch; the gradients of several, also by trial, are reduced after the last."""
     one, two = tmp_path / "one", tmp_path / "two"
     run(one, dim=256, stages=1)
     run(two, 2, dim=256, stages=1, compile="aot_eager", **settings)
