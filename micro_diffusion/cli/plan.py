@@ -132,7 +132,7 @@ def works_of(recipe: "Recipe") -> "list[Work]":
 
     length, works = recipe.text_length or TYPICAL_TOKENS, []
     # pixels to a latent: a DC-AE's name tells them, as in dc-ae-f32c32; all others here have 8
-    downscale = next((each for each in (32, 64, 128) if f"f{each}c" in recipe.autoencoder), 8)
+    downscale = next((each for each in (32, 64, 128) if f"-f{each}c" in recipe.autoencoder), 8)
     for stage in recipe.stages:
         model, averages = recipe.stage_model(stage, downscale=downscale), len(stage.ema_sigma_rel)
         spans = tuple((stop - start, ratio) for start, stop, ratio in stage.mask_spans)

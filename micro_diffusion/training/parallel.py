@@ -75,7 +75,7 @@ class Parallel:
 
         FSDP's hooks stay between units of a few blocks, where communication overlaps. What lies outside of blocks
         compiles part by part, where a graph launches it: the text's refiner has more tokens than a block of masked
-        patches. The host alone launches small graphs no faster than what is in them.
+        patches. Where the host launches, that was not seen to gain.
         """
         size = 1 if self.options.activation_checkpointing else UNIT
         stacks: list[list[nn.Module]] = [[*dit.patch_mixer], [*dit.blocks]]

@@ -59,7 +59,8 @@ def test_a_budget_shortens_all_stages_alike(budget: float, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("autoencoder", "downscale"),
-    [("embedded", 8), ("stabilityai/sdxl-vae", 8), ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32),
+    [("embedded", 8), ("stabilityai/sdxl-vae", 8), ("models/snapshots/0bf32c41", 8),
+     ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32),
      ("mit-han-lab/dc-ae-f64c128-in-1.0-diffusers", 64)],
 )  # fmt: skip
 def test_latents_are_as_large_as_the_autoencoder_makes_them(autoencoder: str, downscale: int) -> None:
